@@ -88,7 +88,7 @@ RECIPES = {
     "demo": {},  # the defaults: the official CIFAR-10 demo of MoCo
     # the course report; "initialized to 0.015" is taken as the start of a cosine
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6, key_momentum=0.99),
-    # what MoCo v2 (Table 1) changes in v1: head, blur and schedule, and with the head the temperature
+    # what MoCo v2 (Table 1) changes in v1: head, blur, schedule, and with the head the temperature
     "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),
     "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),
 }
@@ -189,7 +189,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put keys (N, C), any N, in the place of the oldest; of more than K keys the last K stay."""
+        """Put keys (N, C) in the place of the oldest; of more than K keys the last K stay."""
         size = len(self.keys)
         slots = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, slots[-size:], keys[-size:].to(self.keys.dtype))
@@ -220,13 +220,14 @@ class MoCo(nn.Module):
     def build(self):
         config, splits = self.config, self.config.bn_splits // process_count()
         backbone = build_encoder(config.arch, config.width, lambda c: SplitBatchNorm(c, splits))
-        hidden, last = [], backbone.dim
+        head = [nn.Linear(backbone.dim, config.dim)]
         if config.head == "mlp":
-            hidden, last = [nn.Linear(last, config.head_hidden), nn.ReLU()], config.head_hidden
-        return nn.Sequential(backbone, *hidden, nn.Linear(last, config.dim))
+            hidden = nn.Linear(backbone.dim, config.head_hidden)
+            head = [hidden, nn.ReLU(), nn.Linear(config.head_hidden, config.dim)]
+        return nn.Sequential(backbone, nn.Sequential(*head))
 
     def contrast(self, im_q, im_k):
-        """-> loss of the queries of im_q against the keys of im_k and the queue; these keys (N, C)"""
+        """-> loss of the queries of im_q against the keys of im_k and the queue; the keys (N, C)"""
         q = unit(self.encoder_q(shard(im_q)))  # (N, C)
         with torch.no_grad():
             # ShuffleBN (sec. 3.3): in its batch-norm group a key meets other images than its query,
@@ -258,11 +259,11 @@ def learning_rate(config, epoch):
 
 
 def train(config, run):
-    """The algorithm; `run` brings images, goes on after an interruption, measures, logs and saves."""
+    """The algorithm. `run` brings images, goes on after a crash, measures, logs and saves."""
     model = MoCo(config)
     sgd = dict(momentum=config.sgd_momentum, weight_decay=config.weight_decay, foreach=True)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), config.lr, **sgd)
-    run.resume(model, model.encoder_q[0], optimizer)
+    run.resume(model, model.encoder_q, optimizer)
     for epoch, images in run.batches():  # images (N, 3, H, W) uint8, on the device
         optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
         im_q, im_k = augment(images, config), augment(images, config)
@@ -561,14 +562,16 @@ def write_atomic(path, content, previous=None):
 
 
 def save_checkpoint(path, checkpoint, previous=None):
-    """Write it atomically; Halt with 3 instead if a tensor in it is not finite."""
-    values = [checkpoint]
-    for value in values:  # grows while it is walked
-        if isinstance(value, dict | list):
-            values.extend(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, torch.Tensor) and not value.isfinite().all():
+    """Write it atomically, tensors on the CPU; Halt with 3 instead if one of them is not finite."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
             raise Halt("training diverged, weights are not finite: lower --lr, and --restart", 3)
-    torch.save(checkpoint, buffer := io.BytesIO())
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    torch.save(plain(checkpoint), buffer := io.BytesIO())
     write_atomic(path, buffer.getbuffer(), previous)
 
 
@@ -706,10 +709,13 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def resume(self, model, encoder, optimizer):
-        """Move all to the device, take the folder, go on from the state in it if there is one."""
+    def resume(self, model, online, optimizer):
+        """Move the model to the device, take the folder, go on from the state in it, if any.
+
+        online: the part of the model that is learned, of which [0] is the encoder and [1] the head
+        """
         self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.encoder, self.optimizer = encoder, optimizer
+        self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
         if self.first:
             self.lock = lock_folder(self.out)  # until this process ends
             for pattern in ("pretrain.*", "last.pt", "prev.pt", "epoch*.pt"):
@@ -735,10 +741,15 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         if self.first:
-            about, parameters = self.data.about, sum(p.numel() for p in self.encoder.parameters())
-            print(
-                f"{METHOD} on {about['name']}: {about['n_train']} images of {len(about['classes'])}"
+            about, config, machine = self.data.about, self.config, self.about["machine"]
+            size, n = (
+                about["image_size"],
+                sum(p.numel() for p in model.parameters() if p.requires_grad),
             )
+            print(f"{METHOD}: {about['n_train']} images of {size}x{size} from {about['name']}")
+            print(f"{config.arch} of width {config.width}, {n / 1e6:.2f} M weights to learn")
+            print(f"{config.epochs} epochs of {self.steps} steps on {machine['device']}, ", end="")
+            print(f"{machine['precision'].removeprefix('torch.')}, into {self.out}/", flush=True)
 
     def on_signal(self, number, frame):
         if self.signal:  # the second time: at once
@@ -783,14 +794,12 @@ class Run:
     def checkpoint(self):
         """What a checkpoint holds: see docs/checkpoint.md."""
         average([b for b in self.model.buffers() if b.is_floating_point()])
-        model = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        prefix = next(n for n, module in self.model.named_modules() if module is self.encoder) + "."
-        encoder = {n.removeprefix(prefix): v for n, v in model.items() if n.startswith(prefix)}
         self.about["machine"]["seconds"] = self.elapsed()
-        state = dict(model=model, optimizer=self.optimizer.state_dict(), step=self.step)
-        state |= dict(scaler=self.scaler.state_dict(), loss=self.loss.cpu())
-        about = self.about | dict(epoch=self.step // self.steps, history=self.history)
-        return about | dict(dim=self.encoder.dim, encoder=encoder, train_state=state)
+        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+        state |= dict(scaler=self.scaler.state_dict(), step=self.step, loss=self.loss)
+        progress = dict(epoch=self.step // self.steps, history=self.history, dim=self.encoder.dim)
+        modules = dict(encoder=self.encoder.state_dict(), head=self.head.state_dict())
+        return self.about | progress | modules | dict(train_state=state)
 
     def save(self, name):
         """Write a checkpoint and the log. A disk that refuses is asked again later, three times."""
@@ -926,6 +935,9 @@ def parse_config(argv=None):
             group = parser.add_argument_group(title)
             continue
         field = fields[name]
+        if field.type is list:
+            parser.add_argument(name, nargs="*", default=field.default_factory(), help=text)
+            continue
         how = {"type": field.type, "metavar": field.type.__name__[:1].upper()}
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}

@@ -1,0 +1,682 @@
+"""What are the features worth? A linear classifier is trained on them, the encoder frozen.
+
+Pretraining saw no labels. This second loop does: it takes the encoder of a checkpoint as it is,
+feeds it the training images, and learns one linear layer from features to classes. It has no
+gradient, is in eval mode, and is compared bit for bit afterwards: the accuracy is the features'.
+That is also why a rate of 30 works: the problem is convex, and the features are small numbers.
+
+    images --encoder (frozen, eval mode)--> features (N, D) --linear--> logits --> cross-entropy
+             computed once                                    ^ the only thing that learns
+
+What is reported is the last epoch on the test set: nothing is chosen by looking at it. Settings are
+chosen on a holdout: pretrain and probe with --holdout 5000. Of 10 classes, top-5 is 50 % by chance.
+
+    python linear_eval.py runs/moco                     # 100 epochs, as MoCo's own probe
+    python linear_eval.py runs/moco --recipe fast-moco  # LARS, large batches
+    python linear_eval.py runs/moco --init random       # the same, encoder untrained
+
+Writes linear.pt (the second checkpoint) and linear.jsonl (its own log) beside the first.
+"""
+
+# %%
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+
+# %% Config: a flag --like-this is made from each field, and its comment is the help
+@dataclasses.dataclass
+class Config:
+    checkpoints: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
+    # -- what to measure
+    mode: Literal["probe"] = "probe"  # probe: a linear classifier on the frozen encoder
+    init: Literal["pretrained", "random"] = "pretrained"  # random: an untrained encoder, to compare
+    augment: bool = False  # crop and flip anew each epoch, in place of features computed once
+    crop_scale: tuple = (0.08, 1.0)  # share of the image's area that such a crop keeps
+    # -- data
+    data: str = ""  # other data than the checkpoint's: cifar10, ..., a folder, an .npz file
+    data_dir: str = "data"  # where downloads and caches are kept
+    limit: int = 0  # train on so many images, equally many of each class; 0: as in pretraining
+    holdout: int = 0  # evaluate on so many training images kept back; 0: as in pretraining
+    # -- optimisation
+    epochs: int = 100  # passes over the training images
+    batch_size: int = 256  # images a step
+    optimizer: Literal["sgd", "lars"] = "sgd"  # LARS: steps in proportion to the weights
+    lr: float = 30.0  # learning rate at the start
+    sgd_momentum: float = 0.9  # of either optimizer
+    weight_decay: float = 0.0  # on the weights
+    schedule: Literal["cosine", "step"] = "step"  # step: x 0.1 at 60 % and at 80 % of the epochs
+    # -- run
+    out: str = ""  # folder for linear.pt; "": the checkpoint's, or random/ in it
+    seed: int = 0  # of the classifier, the order, and the encoder of --init random
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the encoder
+
+
+RECIPES = {
+    "demo": {},  # the defaults: MoCo's own linear probe (MoCo v1, sec. 4.1)
+    "report": dict(
+        lr=10.0, batch_size=128
+    ),  # the course report on MoCo; its schedule is not stated
+    # Fast-MoCo, supplementary, Table 2
+    "fast-moco": dict(optimizer="lars", lr=0.8, batch_size=4096, epochs=90, schedule="cosine"),
+}
+
+
+# %% The encoder, as it comes out of a checkpoint
+def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
+    """torchvision's ResNet without fc: (N, 3, H, W) -> (N, encoder.dim), with the stem for small
+    images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
+    """
+    kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
+    net = kind(norm_layer=norm_layer)
+    block, net.inplanes = type(net.layer1[0]), width
+    net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
+    net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
+    depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
+    for i, depth in enumerate(depths):
+        stage = net._make_layer(block, width * 2**i, depth, stride=1 if i == 0 else 2)
+        setattr(net, f"layer{i + 1}", stage)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    net.dim = net.inplanes
+    return net
+
+
+def load_encoder(checkpoint, random=False):
+    """The encoder of a checkpoint, or an untrained one of its shape: frozen, in eval mode."""
+    encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
+    if not random:
+        encoder.load_state_dict(checkpoint["encoder"])
+    return encoder.requires_grad_(False).eval()
+
+
+def fingerprint(module):
+    """A hash of every parameter and buffer, batch-norm statistics included."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def extract_features(encoder, images, config, autocast, batch=1000):
+    """Features of plain images, the encoder in eval mode: (N, 3, H, W) uint8 -> (N, D) float32"""
+    device, training, features = next(encoder.parameters()).device, encoder.training, []
+    encoder.eval()
+    for part in images.split(batch):
+        with autocast():
+            features.append(encoder(normalise(part.to(device) / 255, config)).float())
+    encoder.train(training)
+    return torch.cat(features)
+
+
+def normalise(x, config):
+    """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (config.mean, config.std))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def crop_and_flip(images, config):
+    """Random resized crops, half of them mirrored: (N, 3, H, W) uint8 -> float32 in [0, 1]"""
+    n, size, device = len(images), images.shape[-1], images.device
+    top, left, height, width = sample_crops(n, size, config.crop_scale, device)
+    flip = torch.rand(n, device=device) < 0.5
+    rows = interpolation(top, height, size, torch.zeros_like(flip))
+    return separable(images / 255, rows, interpolation(left, width, size, flip))
+
+
+# %% The classifier
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum, its steps in proportion to the weights (You et al., arXiv:1708.03888):
+
+        v <- momentum v + lr r (grad + decay w),   r = trust |w| / (|grad| + decay |w|)
+        w <- w - v
+
+    Vectors (biases, batch norm) have r = 1 and no decay; r is 1 too where w or grad is 0.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                grad, decay = w.grad, group["weight_decay"]
+                if w.ndim > 1:
+                    w_norm, grad_norm = w.norm(), grad.norm()
+                    ratio = group["trust"] * w_norm / (grad_norm + decay * w_norm)
+                    ratio = torch.where((w_norm > 0) & (grad_norm > 0), ratio, 1.0)
+                    grad = ratio * (grad + decay * w)
+                v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                v.mul_(group["momentum"]).add_(grad, alpha=group["lr"])
+                w.sub_(v)
+
+
+def learning_rate(config, epoch):
+    """The rate in an epoch, counted from 0, so that the last one still learns"""
+    if config.schedule == "step":
+        return config.lr * 0.1 ** sum(epoch >= part * config.epochs for part in (0.6, 0.8))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+def topk_accuracy(logits, labels, ks=(1, 3, 5)):
+    """How often the label is among the k best: (N, classes), (N,) -> a fraction for each k"""
+    if not logits.isfinite().all():  # nan would count as right
+        raise Halt("training diverged, the logits are not finite: lower --lr", 3)
+    best = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices  # (N, max k)
+    hit = best == labels[:, None]
+    return [hit[:, :k].any(1).sum().item() / len(labels) for k in ks]
+
+
+def probe(encoder, data, config, autocast):
+    """Train the classifier -> classifier, history: a row for each epoch"""
+    device = next(encoder.parameters()).device
+    x, y, y_test = data.x_train, data.y_train.to(device), data.y_test.to(device)
+    h_test = extract_features(encoder, data.x_test, config, autocast)
+    h = None if config.augment else extract_features(encoder, x, config, autocast)  # (N, D)
+
+    torch.manual_seed(config.seed)
+    classifier = nn.Linear(encoder.dim, len(data.about["classes"])).to(device)
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+    kind = {"sgd": torch.optim.SGD, "lars": LARS}[config.optimizer]
+    settings = dict(momentum=config.sgd_momentum, weight_decay=config.weight_decay)
+    optimizer = kind(classifier.parameters(), lr=config.lr, **settings)
+
+    history, start = [], time.monotonic()
+    for epoch in (bar := tqdm(range(config.epochs), "probe", unit="epoch", disable=None)):
+        optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
+        total = torch.zeros((), device=device)
+        for rows in torch.randperm(len(y)).split(config.batch_size):
+            if config.augment:
+                views = crop_and_flip(x[rows].to(device), config)
+                with torch.no_grad(), autocast():
+                    features = encoder(normalise(views, config)).float()
+            else:
+                features = h[rows.to(device)]
+            loss = F.cross_entropy(classifier(features), y[rows.to(device)])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(rows)
+        with torch.no_grad():
+            logits = classifier(h_test)
+        row = {
+            "epoch": epoch + 1,
+            "loss": total.item() / len(y),
+            "lr": learning_rate(config, epoch),
+        }
+        row |= dict(zip(("top1", "top3", "top5"), topk_accuracy(logits, y_test)))
+        row |= {"test_loss": F.cross_entropy(logits, y_test).item()}
+        history.append(row | {"seconds": time.monotonic() - start})
+        bar.set_postfix(top1=f"{100 * row['top1']:.2f} %")
+    return classifier, history
+
+
+def evaluate(encoder, classifier, data, config, autocast):
+    """The result, on the test images: fractions, whole numbers of images, and each class's own."""
+    device = next(encoder.parameters()).device
+    logits = classifier(extract_features(encoder, data.x_test, config, autocast)).detach()
+    labels, n = data.y_test.to(device), len(data.y_test)
+    top = dict(zip(("top1", "top3", "top5"), topk_accuracy(logits, labels)))
+    right = (logits.argmax(1) == labels).double()
+    per_class = [right[labels == c].mean().item() for c in range(logits.shape[1])]
+    result = top | {"test_loss": F.cross_entropy(logits, labels).item(), "n_test": n}
+    correct = {name: round(value * n) for name, value in top.items()}
+    return result | {"correct": correct, "per_class": per_class}
+
+
+# ---- plumbing: the same in every script, nothing about the method below this line ----
+import argparse
+import hashlib
+import inspect
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import typing
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+FORMAT = "contrastive-cifar/1"
+
+
+SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
+
+
+class Halt(Exception):
+    """Ends the script: one line on standard error, and the exit code (2: the user can mend it)."""
+
+    def __init__(self, message, code=2):
+        super().__init__(" ".join(str(message).split()))
+        self.code = code
+
+
+class Damaged(Halt):
+    """A checkpoint that is none, or not whole."""
+
+
+# %% Image operations
+def sample_crops(n, size, scale, device="cpu"):
+    """Random crops as torchvision's RandomResizedCrop draws them: area uniform in scale, log aspect
+    ratio uniform, the first of ten tries that fits, else everything. -> top, left, height, width
+    """
+    area = size**2 * torch.empty(n, 10, device=device).uniform_(*scale)
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, n, 10)
+    fits = ((sides > 0) & (sides <= size)).all(0)  # (n, 10)
+    first = fits.int().argmax(1).expand(2, n)[..., None]
+    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)
+    top, left = (torch.rand(2, n, device=device) * (size + 1 - sides)).floor()
+    return top, left, height, width  # (n,) each, pixels
+
+
+def interpolation(start, length, size, flip):
+    """Bilinear resizing of the pixels start...start + length to size pixels, mirrored where flip:
+    (N,) each -> matrix (N, size, size). Clamped to the crop, or what lies outside bleeds in.
+    """
+    pixel = torch.arange(size, device=start.device)
+    target = torch.where(flip[:, None], size - 1 - pixel, pixel)
+    position = ((target + 0.5) * length[:, None] / size - 0.5).clamp(min=0)
+    position = start[:, None] + torch.minimum(position, length[:, None] - 1)
+    return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)
+
+
+def separable(x, rows, columns):
+    """rows @ x @ columns.T in each channel: (N, C, H, W), (N, H, H), (N, W, W) -> (N, C, H, W)"""
+    x = x.flatten(1, 2) @ columns.mT  # (N, C*H, W)
+    x = rows @ x.unflatten(1, (-1, rows.shape[1])).transpose(1, 2).flatten(2)  # (N, H, C*W)
+    return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
+
+
+# %% Data
+BUILTIN = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
+
+
+def load_data(config):
+    """-> x_train (N, 3, S, S) uint8, y_train (N,), x_test, y_test (the images held out, if any are)
+    and about: what a checkpoint says of its data. Halt if --data names nothing of the kind.
+    """
+    size, name, parts = config.image_size, config.data, {}
+    try:
+        if name in BUILTIN:
+            arrays = read_torchvision(BUILTIN[name], Path(config.data_dir))
+        elif Path(name).is_dir():
+            arrays = read_folder(Path(name), Path(config.data_dir), size)
+        else:
+            arrays = dict(np.load(name, allow_pickle=False))
+        for part in ("train", "test"):
+            x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
+                raise ValueError(f"x_{part} is {x.dtype} {x.shape}, must be uint8 (N, H, W, 3)")
+            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:
+                raise ValueError(f"y_{part} must be a whole number from 0 on for each image")
+            x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+            if x.shape[2:] != (size, size):
+                x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+            parts[part] = x, torch.from_numpy(y.astype(np.int64))
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        known = (
+            f"{', '.join(BUILTIN)}, a folder with train/<class>/* and test/<class>/*, or an .npz"
+        )
+        raise Halt(f"--data {name}: {error or type(error).__name__} (takes {known})") from None
+    n_classes = 1 + max(int(y.max()) for _, y in parts.values())
+    classes = [str(c) for c in arrays.get("classes", range(n_classes))]
+    if len(classes) < n_classes:
+        raise Halt(f"--data {name}: {len(classes)} names of classes, {n_classes} classes")
+    (x, y), (x_test, y_test) = parts["train"], parts["test"]
+    if config.holdout:
+        held, rest = stratified(y, config.holdout, "--holdout")
+        x_test, y_test, x, y = x[held], y[held], x[rest], y[rest]
+    if config.limit:
+        some, _ = stratified(y, config.limit, "--limit")
+        x, y = x[some], y[some]
+    about = dict(name=name, classes=classes, image_size=size, n_train=len(x), n_test=len(x_test))
+    about |= dict(mean=list(config.mean), std=list(config.std), holdout=config.holdout)
+    digest = hashlib.sha256()
+    for tensor in (x, y, x_test, y_test):
+        digest.update(tensor.numpy())
+    about["sha256"] = digest.hexdigest()
+    return SimpleNamespace(x_train=x, y_train=y, x_test=x_test, y_test=y_test, about=about)
+
+
+def read_torchvision(name, root):
+    """One of torchvision's data sets, fetched when missing, checksums verified."""
+    new, cifar, arrays = not root.exists(), name.startswith("CIFAR"), {}
+    try:
+        for part in ("train", "test"):
+            which = {"train": part == "train"} if cifar else {"split": part}
+            data = getattr(torchvision.datasets, name)(root, download=True, **which)
+            arrays[f"x_{part}"] = data.data if cifar else data.data.transpose(0, 2, 3, 1)
+            arrays[f"y_{part}"] = np.asarray(data.targets if cifar else data.labels)
+            arrays["classes"] = getattr(data, "classes", range(10))
+    except (OSError, RuntimeError) as error:  # ModuleNotFoundError: svhn needs scipy
+        if new and root.exists() and not any(root.iterdir()):
+            root.rmdir()
+        ways = f"go online once, put its archive into {root}/, or --data FOLDER or FILE.npz"
+        raise Halt(f"{name} is not in {root}/ and could not be fetched ({error}): {ways}") from None
+    return arrays
+
+
+def read_folder(path, root, size):
+    """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
+    test = path / "test" if (path / "test").is_dir() else path / "val"
+    parts = {"train": path / "train", "test": test}
+    parts = {part: torchvision.datasets.ImageFolder(folder) for part, folder in parts.items()}
+    if parts["train"].classes != parts["test"].classes:
+        raise ValueError(f"the classes in train/ and {test.name}/ differ")
+    files = [(file, os.stat(file)) for part in parts.values() for file, _ in part.samples]
+    key = repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in files])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = root / f"{path.resolve().name}-{size}px-{key}.npz"
+    if not cache.exists():
+        arrays = {"classes": parts["train"].classes}
+        for part, folder in parts.items():
+            images = np.empty((len(folder), size, size, 3), np.uint8)
+            for i, (file, _) in enumerate(tqdm(folder.samples, part, disable=None)):
+                try:
+                    images[i] = folder.loader(file).resize((size, size))
+                except (OSError, SyntaxError) as error:
+                    raise ValueError(f"{file} is not a readable image: {error}") from None
+            arrays |= {f"x_{part}": images, f"y_{part}": folder.targets}
+        np.savez(buffer := io.BytesIO(), **arrays)
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, buffer.getbuffer())
+    return dict(np.load(cache))
+
+
+def stratified(labels, n, flag):
+    """A fixed choice of n images, equally many of each class -> their indices, and the others'."""
+    if not n <= len(labels) - (flag == "--holdout"):
+        raise Halt(f"{flag} {n}: there are {len(labels)} training images")
+    order, count = labels.argsort(stable=True), labels.bincount()
+    place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
+    order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
+    return order[:n].sort().values, order[n:].sort().values
+
+
+# %% Checkpoints
+def write_atomic(path, content, previous=None):
+    """All of it or nothing, whenever the power goes off; the old file becomes `previous`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint, previous=None):
+    """Write it atomically, tensors on the CPU; Halt with 3 instead if one of them is not finite."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, torch.Tensor) and not value.isfinite().all():
+            raise Halt("training diverged, weights are not finite: lower --lr, and --restart", 3)
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    torch.save(plain(checkpoint), buffer := io.BytesIO())
+    write_atomic(path, buffer.getbuffer(), previous)
+
+
+def load_checkpoint(path):
+    """The checkpoint in a file -> dict, on the CPU; Damaged if it is none or not whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            whole = file.testzip() is None  # torch.load does not look at the checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+    except FileNotFoundError:
+        raise Halt(f"{path}: no such file") from None
+    except Exception as error:  # a foreign file can raise anything
+        raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        what = f"not a checkpoint of format {FORMAT}" if whole else "damaged, a checksum is wrong"
+        raise Damaged(f"{path}: {what}")
+    return checkpoint
+
+
+# %% Devices
+def start_device(config):
+    """-> the device, and the number type that it is fast in"""
+    name = config.device
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
+    fast = "fp32"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        fast = "bf16"
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return device, types[fast if config.precision == "auto" else config.precision]
+
+
+def process_count():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def describe_machine(device, dtype, seed):
+    """What a result depends on, for the record."""
+    folder = str(Path(__file__).parent) if "__file__" in globals() else "."
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = dict(device=f"{device} {name}", precision=str(dtype), processes=process_count())
+    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__), commit=commit)
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return machine | dict(python=platform.python_version(), seed=seed, started=started)
+
+
+# %% Command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Halt(f"{message} (--help shows the flags)")
+
+
+def parse_config(argv=None):
+    """Config from the command line; in a notebook, which has none, Config as it stands."""
+    if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
+        return check_config(Config())
+    form = argparse.RawDescriptionHelpFormatter
+    parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    if RECIPES:
+        parser.add_argument(
+            "--recipe", choices=RECIPES, default=[*RECIPES][0], help="values to start from"
+        )
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    try:
+        source = inspect.getsource(Config)
+    except (OSError, TypeError):  # pasted into a notebook
+        source = "".join(f"    {name}:  # \n" for name in fields)
+    for title, name, text in re.findall(
+        r"^    (?:# -- (.*)|(\w+):.*  # (.*))$", source, re.MULTILINE
+    ):
+        if title:
+            group = parser.add_argument_group(title)
+            continue
+        field = fields[name]
+        if field.type is list:
+            parser.add_argument(name, nargs="*", default=field.default_factory(), help=text)
+            continue
+        how = {"type": field.type, "metavar": field.type.__name__[:1].upper()}
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif field.type is tuple:
+            how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
+        elif choices := typing.get_args(field.type):
+            how = {"choices": choices}
+        text = f"{text} [{field.default}]".replace("%", "%%")
+        group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
+    flags = vars(parser.parse_args(argv))
+    return check_config(Config(**RECIPES.get(flags.pop("recipe", None), {}) | flags))
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
+SHARES = "crop_scale gray blur key_momentum sgd_momentum".split()
+
+
+def check_config(config):
+    """Halt if a value cannot work."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        values, wrong = value if field.type is tuple else [value], None
+        if choices := typing.get_args(field.type):
+            wrong = value not in choices and f"one of {', '.join(choices)}"
+        elif field.type in (int, float, tuple):
+            if not all(isinstance(v, int | float) and 0 <= v < math.inf for v in values):
+                wrong = "a number, and not negative"
+            elif field.type is tuple and len(value) != len(field.default):
+                wrong = f"{len(field.default)} numbers"
+            elif name in POSITIVE and not min(values):
+                wrong = "more than 0"
+            elif name in SHARES and (max(values) > 1 or values[0] > values[-1]):
+                wrong = "from 0 to 1"
+            elif name == "batch_size" and value < 2:
+                wrong = "2 or more: an image is told from others"
+        if wrong:
+            raise Halt(f"{flag_of(name)} {value}: must be {wrong}")
+    return config
+
+
+def find_checkpoint(path):
+    """A checkpoint file, or the newest one in a run's folder."""
+    path = Path(path)
+    files = (
+        [path / name for name in ("pretrain.pt", "last.pt", "prev.pt")] if path.is_dir() else [path]
+    )
+    for file in files:
+        if file.is_file():
+            return file
+    raise Halt(
+        f"{path}: no pretrain.pt and no last.pt there" if path.is_dir() else f"{path}: no such file"
+    )
+
+
+def measure(path, config):
+    """Probe one checkpoint, and write linear.pt and linear.jsonl."""
+    file = find_checkpoint(path)
+    saved, random = load_checkpoint(file), config.init == "random"
+    before, config = saved["config"], dataclasses.replace(config)
+    out = Path(config.out or (file.parent / "random" if random else file.parent))
+    config.data, config.out = config.data or before["data"], str(out)
+    config.limit, config.holdout = (
+        config.limit or before["limit"],
+        config.holdout or before["holdout"],
+    )
+    about = saved["data"]
+    settings = dict(image_size=about["image_size"], mean=about["mean"], std=about["std"])
+    settings = SimpleNamespace(**dataclasses.asdict(config) | settings)
+    device, dtype = start_device(config)
+    data = load_data(settings)
+    if len(data.about["classes"]) < 2:
+        raise Halt(f"--data {config.data}: has only one class, there is nothing to tell apart")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "linear.pt.tmp").touch()
+        (out / "linear.pt.tmp").unlink()
+    except OSError as error:
+        raise Halt(f"--out {out}: {error.strerror}") from None
+
+    torch.manual_seed(config.seed)
+    encoder = load_encoder(saved, random).to(device, memory_format=torch.channels_last)
+    method = "random" if random else saved["method"]
+    what = f"epoch {saved['epoch']} of {saved['epochs']}" if not random else "untrained"
+    where = f"{data.about['n_train']} images of {config.data}"
+    print(f"probe of {saved['arch']}, {method}, {what}, trained on {where}")
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    start, mark = time.monotonic(), fingerprint(encoder)
+    classifier, history = probe(encoder, data, settings, autocast)
+    result = evaluate(encoder, classifier, data, settings, autocast)
+    if fingerprint(encoder) != mark:
+        raise Halt("the encoder has changed, so this was no probe; please report it", 3)
+    machine = describe_machine(device, dtype, config.seed) | {"seconds": time.monotonic() - start}
+    pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
+    checkpoint = dict(format=FORMAT, kind="linear", method=method, epoch=config.epochs)
+    checkpoint |= dict(epochs=config.epochs, config=dataclasses.asdict(config), data=data.about)
+    checkpoint |= dict(arch=saved["arch"], width=saved["width"], dim=encoder.dim)
+    checkpoint |= dict(encoder=encoder.state_dict(), classifier=classifier.state_dict())
+    checkpoint |= dict(history=history, result=result, pretrain=pretrain, encoder_sha256=mark)
+    checkpoint |= dict(source=SOURCE, machine=machine)
+    head = {key: checkpoint[key] for key in ("method", "config", "data", "pretrain", "machine")}
+    rows = "".join(json.dumps(row) + "\n" for row in (head, *history, {"result": result}))
+    write_atomic(out / "linear.jsonl", rows.encode())
+    save_checkpoint(out / "linear.pt", checkpoint)
+    top = ", ".join(f"{name} {100 * result[name]:.2f} %" for name in ("top1", "top3", "top5"))
+    print(
+        f"{top}, loss {result['test_loss']:.4f} on {result['n_test']} images -> {out / 'linear.pt'}"
+    )
+
+
+def main(argv=None):
+    """Probe each checkpoint -> exit code"""
+    try:
+        config = parse_config(argv)
+        if not config.checkpoints:
+            raise Halt("name at least one run folder or checkpoint, for example runs/moco")
+        if config.out and len(config.checkpoints) > 1:
+            raise Halt("--out goes with one checkpoint; without it each result lies beside its own")
+        for path in config.checkpoints:
+            measure(path, config)
+    except Halt as halt:
+        print(f"error: {halt}", file=sys.stderr)
+        return halt.code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing is lost, the same command starts again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    if code and "__file__" in globals():  # a notebook stays open
+        sys.exit(code)
