@@ -164,6 +164,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         x = torch.cat([F.batch_norm(group, mean, var, *rest) for group, mean, var in groups])
         self.running_mean.copy_(means.mean(0))
         self.running_var.copy_(variances.mean(0))
+        self.num_batches_tracked += 1
         return x
 
 

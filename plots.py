@@ -1,0 +1,1104 @@
+"""Figures and tables from the folders of runs: what happened, and what the features are worth.
+
+    pretraining   loss, k-NN accuracy and learning rate against the epoch
+    diagram       the method, drawn with the run's own images and numbers (MoCo's Figure 1)
+    pairs         the views that training pulls together, and the ones that it pushes apart
+    map           the features of test images in two dimensions, untrained and trained
+    neighbours    what the encoder takes for similar: test images and the nearest training images
+    probe         top-1, top-5 and loss of the linear classifier, and a table of the final values
+    classes       which classes it knows, and which it does not
+    comparison    several runs in one figure, when several are given
+
+Each one is written as PNG and PDF and says at its foot what it was made from. Curves need only the
+checkpoints; pairs, map and neighbours need the images too. In the end the accuracies are printed
+beside those of raw pixels and of an untrained encoder, if these have been measured.
+
+    python plots.py runs/moco
+    python plots.py runs/moco runs/simclr --out figures/both --table README.md
+
+In a notebook, paste this file into one cell and edit Config. The functions draw_... return a
+matplotlib Figure and need no display.
+"""
+
+# %%
+import dataclasses
+import math
+import textwrap
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
+
+
+# %% Config: a flag --like-this is made from each field, and its comment is the help
+@dataclasses.dataclass
+class Config:
+    runs: tuple = ("runs/moco",)  # folders of runs, or checkpoints; several are compared
+    out: str = "figures"  # folder for the figures
+    table: str = (
+        ""  # Markdown file: what is between <!-- table --> and <!-- /table --> is rewritten
+    )
+    data: str = ""  # the images, named as for moco_cifar.py; default: as the checkpoint names them
+    data_dir: str = "data"  # where downloads and caches are kept
+    limit: int = 10000  # look for neighbours among so many training images; 0: all of the run's
+    seed: int = 0  # of the choice of images, and of their views
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+
+
+# %% What all figures share: colours that the colour-blind can tell apart (Okabe and Ito 2008), with
+# markers and dashes besides, for those who see none
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*", ">"]
+DASHES = ["-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+GRAY = "0.4"  # of what is only there for comparison
+STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}
+STYLE |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"lines.markersize": 4, "pdf.fonttype": 42, "text.parse_math": False}
+TITLES = {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
+
+
+def new_figure(title, foot, width, height):
+    """-> a Figure of so many inches, with its title above, and below what it was made from"""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
+    figure.suptitle(wrap(title, 9.5 * width), x=0.01, ha="left", size=11, weight="bold")
+    figure.supxlabel(wrap(foot, 15 * width), x=0.01, ha="left", size=7.5, color=GRAY)
+    return figure
+
+
+def wrap(text, width):
+    """Lines of at most so many characters; what has no spaces is broken too, so nothing is clipped"""
+    return "\n".join(textwrap.wrap(str(text), int(width)))
+
+
+def draw_curve(axes, rows, key, label, i=0, scale=1):
+    """The values of a key against the epoch, in the i-th colour, dash and marker"""
+    points = [(row["epoch"], scale * row[key]) for row in rows if key in row]
+    every = math.ceil(len(points) / 20) or 1  # 200 markers would hide the line
+    how = dict(color=COLORS[i % 7], linestyle=DASHES[i % 5], marker=MARKERS[i % 10])
+    if points:
+        axes.plot(*zip(*points), label=label, markevery=((len(points) - 1) % every, every), **how)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.25)
+
+
+def draw_level(axes, value, label, i=None):
+    """A horizontal line for comparison: chance (dotted), or a baseline in the i-th colour"""
+    how = dict(color=GRAY, ls=":") if i is None else dict(color=COLORS[i], ls=(0, (6, 2)))
+    axes.axhline(value, label=label, linewidth=1.2, **how)
+
+
+def legend_above(axes, columns=3):
+    """A legend that cannot lie on a curve"""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.2)
+
+
+def draw_image(axes, image, above="", below="", frame=None):
+    """An image (3, H, W) uint8 without ticks; frame: a colour and a line style"""
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(above, pad=3, size=8)
+    axes.set_xlabel(below, labelpad=3, size=8)
+    for spine in axes.spines.values():
+        spine.set(visible=bool(frame), lw=2.5, color=frame and frame[0], ls=frame and frame[1])
+
+
+# %% Pretraining
+def draw_pretraining(run):
+    """Loss, k-NN accuracy and learning rate against the epoch"""
+    figure = new_figure(f"Pretraining: {run.name}", f"{about(run)}. {about_knn(run)}", 7, 7)
+    loss, knn, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
+    draw_curve(loss, run.history, "loss", "mean over the epoch")
+    if run.method == "moco":  # a loss that tells nothing apart: all 1 + K logits equal
+        size, views = run.config["queue_size"], 1 + run.config["symmetric"]
+        text = f"chance: {'2 ' * (views - 1)}ln(1 + K), K = {size}"
+        draw_level(loss, views * math.log(1 + size), text)
+    draw_curve(knn, run.history, "knn_top1", TITLES.get(run.method, run.method), 0, 100)
+    for i, (what, text) in enumerate((("random", "untrained encoder"), ("pixels", "raw pixels"))):
+        if row := last_knn(run, what):
+            draw_level(knn, 100 * row["top1"], text, i + 1)
+    draw_level(knn, 100 / len(run.data["classes"]), "chance")
+    draw_curve(rate, run.history, "lr", None, 2)
+    rate.set_ylim(bottom=0)
+    for axes, text in zip((loss, knn, rate), ("loss (nats)", "k-NN top-1 (%)", "learning rate")):
+        axes.set_ylabel(text)
+        axes.label_outer()
+        legend_above(axes, 4)
+    figure.align_ylabels()
+    return figure
+
+
+# %% The method as a diagram. Another method gets its own by an entry in DIAGRAMS
+def draw_moco(run, images=None):
+    """MoCo's Figure 1 with this run's numbers; with images, one of them and two views of it"""
+    c = SimpleNamespace(**run.config)
+    keys, chance = c.batch_size * (1 + c.symmetric), math.log(1 + c.queue_size)
+    foot = (
+        f"{about(run)}. A key waits {c.queue_size / keys:.3g} steps in the queue (K / N) and there "
+        f"are {run.data['n_train'] // c.batch_size} steps in an epoch; encoder_k follows as an "
+        f"average over about the last {1 / (1 - c.key_momentum + 1e-9):.3g} steps, 1 / (1 - m)."
+    )
+    figure = new_figure(f"Momentum contrast, with the numbers of {run.name}", foot, 9, 5.6)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 12.2), ylim=(0, 6.4), aspect="equal")
+    axes.axis("off")
+
+    def box(x, y, width, height, text, color, ls="-"):
+        how = dict(boxstyle="round,pad=0,rounding_size=0.12", fc=color + "22", ec=color, lw=1.5)
+        axes.add_patch(FancyBboxPatch((x, y), width, height, ls=ls, **how))
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", size=8)
+
+    def arrow(start, end, text="", at=None, color="0.2", ls="-", bend=0):
+        how = dict(arrowstyle="-|>", color=color, ls=ls, lw=1.4, shrinkA=0, shrinkB=0)
+        how["connectionstyle"] = f"arc3,rad={bend}"
+        axes.annotate("", end, start, arrowprops=how)
+        if text:
+            axes.text(*at, text, ha="center", va="center", size=7.5, color=color)
+
+    blue, red, green, purple = COLORS[:4]
+    pictures = {}
+    if images:
+        x = images.data.x_train[:1]
+        pictures = {"image": x[0], "im_q": view(x, c)[0], "im_k": view(x, c)[0]}
+    for name, left, bottom in (("image", 0.2, 2.5), ("im_q", 2.6, 4.3), ("im_k", 2.6, 0.7)):
+        if name in pictures:
+            where = (left, left + 1.4, bottom, bottom + 1.4)
+            axes.imshow(pictures[name].permute(1, 2, 0).numpy(), extent=where)
+            axes.text(left + 0.7, bottom - 0.2, name, ha="center", va="center", size=8)
+        else:
+            box(left, bottom, 1.4, 1.4, f"{name}\n3 x {c.image_size} x {c.image_size}", "#000000")
+    axes.set(xlim=(0, 12.2), ylim=(0, 6.4))  # imshow has moved them
+    arrow((1.7, 3.6), (2.5, 4.7), "augment", (1.75, 4.5))
+    arrow((1.7, 2.8), (2.5, 1.7), "augment", (1.75, 1.9))
+    net = f"{c.arch}, width {c.width}\n{c.head} head to C = {c.dim}"
+    box(4.7, 4.3, 2.3, 1.4, f"encoder_q\n{net}", blue)
+    box(4.7, 0.7, 2.3, 1.4, f"encoder_k\n{net}\nno gradient", red, "--")
+    text = f"momentum update\nm = {c.key_momentum:g}, each step"
+    arrow((5.85, 4.2), (5.85, 2.2), text, (4.55, 3.2), red, "--")
+    box(7.8, 4.55, 1.1, 0.9, f"q\n{c.batch_size} x {c.dim}", blue)
+    box(7.8, 0.95, 1.1, 0.9, f"k\n{c.batch_size} x {c.dim}", red)
+    for y in (5.0, 1.4):
+        arrow((4.05, y), (4.65, y))
+        arrow((7.05, y), (7.75, y))
+    for i in range(6):  # the queue, newest keys on the left
+        axes.add_patch(FancyBboxPatch((10 + 0.3 * i, 0.7), 0.3, 1.4, boxstyle="square,pad=0"))
+        axes.patches[-1].set(fc=green + f"{80 - 10 * i}", ec=green)
+    axes.text(10.9, 0.42, f"queue: K = {c.queue_size} keys", ha="center", va="center", size=8)
+    arrow((8.95, 1.4), (9.95, 1.4), f"{keys} in,\noldest out", (9.45, 0.95))
+    text = f"InfoNCE, T = {c.temperature:g}\nwhich of 1 + K is mine?\nchance: {chance:.2f}"
+    box(9.8, 4.3, 2.2, 1.4, text, purple)
+    arrow((8.95, 5.0), (9.75, 5.0), "query", (9.35, 5.2))
+    arrow((8.6, 1.95), (10.1, 4.2), "its key:\npositive", (8.75, 3.2))
+    arrow((10.9, 2.2), (10.9, 4.2), "K negatives", (11.5, 3.2))
+    arrow((10.9, 5.8), (5.85, 5.8), "gradient", (8.35, 6.2), blue, ":", 0.08)
+    return figure
+
+
+DIAGRAMS = {"moco": draw_moco}
+
+
+# %% Positive and negative pairs
+def view(images, recipe):
+    """A random view as pixels again: (N, 3, H, W) uint8 -> (N, 3, H, W) uint8"""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.mean, recipe.std))
+    return ((augment(images, recipe) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_pairs(run, images, rows=4, negatives=4, n=256):
+    """What training sees: of each image two views, which belong together, among views of others"""
+    recipe, some = SimpleNamespace(**run.config), images.data.x_train
+    some = some[torch.randperm(len(some))[: max(n, rows + negatives)]]
+    im_q, im_k = view(some, recipe), view(some, recipe)
+    q, k = (F.normalize(images.encode(x), dim=1) for x in (im_q, im_k))  # (n, D)
+    cosine = q @ k.T  # (n, n), positive pairs on the diagonal
+    foot = (
+        f"{about(run)}. Cosine similarities of the backbone's features (the projection head is not "
+        f"kept), eval mode, {len(some)} random training images. Crop {recipe.crop_scale[0]:g} to "
+        f"{recipe.crop_scale[1]:g} of the area, flip 0.5, jitter {', '.join(map(str, recipe.jitter))}"
+        f" with 0.8, gray {recipe.gray:g}, blur {recipe.blur:g}."
+    )
+    figure = new_figure(f"Positive and negative pairs: {run.name}", foot, 8, 1.25 * rows + 3)
+    grid = figure.add_gridspec(rows + 2, 3 + negatives)
+    for i in range(rows):
+        draw_image(figure.add_subplot(grid[i, 0]), some[i], "" if i else "image")
+        draw_image(figure.add_subplot(grid[i, 1]), im_q[i], "" if i else "query")
+        for j in range(1 + negatives):
+            other, frame = (i + j) % len(some), (COLORS[1], "--") if j else (COLORS[0], "-")
+            head = "" if i else "negative key" if j else "positive key"
+            text = f"cos {cosine[i, other]:.2f}"
+            draw_image(figure.add_subplot(grid[i, 2 + j]), im_k[other], head, text, frame)
+    axes, same = figure.add_subplot(grid[rows:, :]), torch.eye(len(some), dtype=torch.bool)
+    edges = torch.linspace(min(0, float(cosine.min())), 1, 51).numpy()
+    for values, i, text in ((cosine[same], 0, "positive"), (cosine[~same], 1, "negative")):
+        text = f"{text} pairs: mean {values.mean():.2f}"
+        how = dict(histtype="stepfilled", density=True, alpha=0.35, fc=COLORS[i], label=text)
+        axes.hist(values.numpy(), edges, ec=COLORS[i], ls=DASHES[i], lw=1.5, **how)
+    axes.set(xlabel="cosine similarity of query and key", ylabel="density", yticks=[])
+    legend_above(axes)
+    return figure
+
+
+# %% The feature space
+def pca(features):
+    """Rows (N, D) along their two directions of greatest variance -> (N, 2), shares of it (2,)"""
+    centred = features.cpu().double() - features.cpu().double().mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
+    two = directions[:, -2:].flip(1)  # (D, 2)
+    two = two * two.gather(0, two.abs().argmax(0, keepdim=True)).sign()  # or the sign is arbitrary
+    return centred @ two, variances[-2:].flip(0) / variances.sum().clamp(min=1e-12)
+
+
+def draw_map(run, images, n=2000, most=10):
+    """Test images in two dimensions, in the features of the trained encoder and of an untrained one"""
+    chosen = torch.randperm(len(images.data.x_test))[:n]
+    x, y, classes = images.data.x_test[chosen], images.data.y_test[chosen], run.data["classes"]
+    named = torch.randperm(len(classes))[:most].sort().values.tolist()
+    foot = (
+        f"{about(run)}. Principal components of the unit-length backbone features of {len(x)} "
+        f"random {run.which}s, each encoder with its own."
+    )
+    if len(classes) > most:
+        foot += f" {most} of {len(classes)} classes, chosen at random; the others in gray."
+    figure = new_figure(f"Feature map: {run.name}", foot, 9, 5)
+    titles = "untrained encoder", f"{TITLES.get(run.method, run.method)}, epoch {run.epoch}"
+    for axes, title, encode in zip(
+        figure.subplots(1, 2), titles, (images.encode_untrained, images.encode)
+    ):
+        points, shares = pca(F.normalize(encode(x), dim=1))
+        rest = ~torch.isin(y, torch.tensor(named))
+        axes.scatter(*points[rest].T, s=4, color="0.8", linewidths=0)
+        for i, label in enumerate(named):
+            how = dict(marker=MARKERS[i], color=COLORS[i % 7], alpha=0.6, linewidths=0, s=13)
+            axes.scatter(*points[y == label].T, label=wrap(classes[label], 20), **how)
+        for set_label, i in ((axes.set_xlabel, 0), (axes.set_ylabel, 1)):
+            set_label(f"component {i + 1} ({100 * shares[i]:.1f} % of the variance)")
+        axes.set(title=title, xticks=[], yticks=[])
+    handles, labels = axes.get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right center", markerscale=1.8)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    return figure
+
+
+def nearest(features, bank, k):
+    """The k rows of the bank most similar to each of features (N, D), by cosine -> values, indices"""
+    return (F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T).topk(k, dim=1)
+
+
+def draw_neighbours(run, images, rows=6, k=5):
+    """Random test images and their nearest training images (the SimCLR report's Figure 4)"""
+    data, names = images.data, [wrap(name, 16) for name in run.data["classes"]]
+    chosen = torch.randperm(len(data.x_test))[:rows]
+    bank, labels = data.x_train[images.bank], data.y_train[images.bank]
+    k = min(k, len(bank))
+    values, found = nearest(images.encode(data.x_test[chosen]), images.encode(bank), k)
+    right = labels[found] == data.y_test[chosen, None]  # (rows, k)
+    foot = (
+        f"{about(run)}. Left: random {run.which}s; right: the nearest of {len(bank)} training "
+        f"images by cosine similarity of the backbone's features. {int(right.sum())} of "
+        f"{right.numel()} are of the same class (solid frame, \u2713), the others not (dashed, \u2717)."
+    )
+    figure = new_figure(f"Nearest neighbours: {run.name}", foot, 7.5, 1.35 * len(chosen) + 1)
+    panels = figure.subplots(len(chosen), 1 + k, squeeze=False)
+    for i, test in enumerate(chosen):
+        draw_image(panels[i, 0], data.x_test[test], names[data.y_test[test]], run.which)
+        for j, (train, same) in enumerate(zip(found[i], right[i])):
+            frame = (COLORS[0], "-") if same else (COLORS[1], "--")
+            text = ("\u2713 " if same else "\u2717 ") + names[labels[train]]
+            draw_image(panels[i, 1 + j], bank[train], text, f"cos {values[i, j]:.3f}", frame)
+    return figure
+
+
+# %% The probe
+REPORT = [
+    "first course report (CIFAR-10, ResNet-18)",
+    "67.3899",
+    "0.4099",
+    "0.8740",
+]  # its Figure 6
+
+
+def draw_probe(run):
+    """Top-1, top-5 and loss against the epoch (the first report's Figures 3-5), and its Figure 6"""
+    classes, probes = len(run.data["classes"]), [(title_of(run), run.probe)]
+    if run.untrained:
+        probes.append(("untrained encoder", run.untrained))
+    figure = new_figure(f"Linear evaluation: {run.name}", about_probe(run), 9, 5.2)
+    panels = figure.subplot_mosaic(
+        [["top1", "top5", "test_loss"], ["table"] * 3], height_ratios=[3, 1]
+    )
+    cells = []
+    for i, (name, probe) in enumerate(probes):
+        for key in ("top1", "top5", "test_loss"):
+            draw_curve(
+                panels[key], probe["history"], key, wrap(name, 40), i, 1 if "loss" in key else 100
+            )
+        draw_curve(
+            panels["test_loss"], probe["history"], "loss", wrap(f"{name}, training", 40), i + 3
+        )
+        final = [probe["result"].get(key) for key in ("test_loss", "top1", "top5")]
+        cells.append([name, *(f"{v:.4f}" if v is not None else "" for v in final)])
+    for k, key in ((1, "top1"), (5, "top5")):
+        draw_level(panels[key], 100 * min(1, k / classes), "chance")
+        panels[key].set_ylabel(f"{run.which} top-{k} (%)")
+    panels["test_loss"].set_ylabel("loss (nats)")
+    for key in ("top1", "top5", "test_loss"):
+        legend_above(panels[key], 1)
+    panels["table"].axis("off")
+    head = ["final values", "loss", "top-1", "top-5"]
+    rows = [[wrap(row[0], 60), *row[1:]] for row in [*cells, REPORT]]
+    how = dict(
+        cellLoc="left", loc="upper left", colWidths=[0.55, 0.15, 0.15, 0.15], edges="horizontal"
+    )
+    table = panels["table"].table([head, *rows], **how)
+    for (i, _), cell in table.get_celld().items():
+        cell.set(edgecolor="0.8")
+    return figure
+
+
+def draw_classes(run, most=25):
+    """Accuracy of each class, the best known first; 100 classes take several columns"""
+    parts = math.ceil(len(run.data["classes"]) / most)
+    accuracy = torch.tensor(run.probe["result"]["per_class"])
+    untrained = run.untrained and run.untrained["result"]["per_class"]
+    order = accuracy.argsort(descending=True, stable=True).chunk(parts)
+    figure = new_figure(f"Accuracy of each class: {run.name}", about_probe(run), 7, 1)
+    figure.set_size_inches(max(7, 3 * parts), 1.6 + 0.22 * len(order[0]))
+    for axes, some in zip(figure.subplots(1, parts, squeeze=False)[0], order):
+        names = [wrap(run.data["classes"][i], 24) for i in some]
+        bars = axes.barh(range(len(some)), 100 * accuracy[some], color=COLORS[0], alpha=0.75)
+        axes.bar_label(bars, fmt="%.1f", padding=7, size=7)
+        if untrained:
+            values = [100 * untrained[i] for i in some]
+            axes.plot(values, range(len(some)), "D", color=COLORS[1], label="untrained encoder")
+        axes.set_yticks(range(len(some)), names)
+        axes.set(xlim=(0, 112), ylim=(len(some) - 0.4, -0.6), xlabel="top-1 (%)")
+    legend_above(figure.axes[0])
+    return figure
+
+
+# %% Several runs
+def draw_comparison(runs):
+    """Loss and k-NN accuracy against the epoch, and the probe's top-1, of several runs"""
+    foot = " ".join(f"{about(run)}." for run in runs) if len(runs) < 5 else ""
+    foot += " Losses of different methods, temperatures or queues do not compare."
+    figure = new_figure("Comparison of runs", foot, 9, 5 + 0.45 * len(runs))
+    bars = [["bars"] * 2] if any(run.probe for run in runs) else []
+    panels = figure.subplot_mosaic(
+        [["loss", "knn"], *bars], height_ratios=[3, *[0.4 * len(runs)] * len(bars)]
+    )
+    for i, run in enumerate(runs):
+        draw_curve(panels["loss"], run.history, "loss", run.name, i)
+        draw_curve(panels["knn"], run.history, "knn_top1", run.name, i, 100)
+        if run.probe:
+            value = 100 * run.probe["result"]["top1"]
+            bar = panels["bars"].barh(i, value, color=COLORS[i % 7], alpha=0.75)
+            panels["bars"].bar_label(bar, fmt="%.2f", padding=3, size=8)
+    if bars:
+        panels["bars"].set_yticks(range(len(runs)), [wrap(run.name, 30) for run in runs])
+        panels["bars"].set(xlabel="linear probe, top-1 (%)", xlim=(0, 110))
+        panels["bars"].invert_yaxis()
+    panels["loss"].set_ylabel("loss (nats)")
+    panels["knn"].set_ylabel("k-NN top-1 (%)")
+    figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower left")
+    return figure
+
+
+def draw_all(run, images):
+    """-> {name: what draws it}, of all the figures for which this run has what they need"""
+    figures = {}
+    if run.history:
+        figures["pretraining"] = lambda: draw_pretraining(run)
+    if run.method in DIAGRAMS:
+        figures["diagram"] = lambda: DIAGRAMS[run.method](run, images)
+    if images and "crop_scale" in run.config:
+        figures["pairs"] = lambda: draw_pairs(run, images)
+    if images:
+        figures["map"] = lambda: draw_map(run, images)
+        figures["neighbours"] = lambda: draw_neighbours(run, images)
+    if run.probe:
+        figures["probe"] = lambda: draw_probe(run)
+        figures["classes"] = lambda: draw_classes(run)
+    return figures
+
+
+# ---- plumbing: the same in every script, nothing about the method below this line ----
+import argparse
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from tqdm import tqdm
+
+FORMAT = "contrastive-cifar/1"
+SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
+
+
+class Halt(Exception):
+    """Ends the script: one line on standard error, and the exit code (2: the user can mend it)."""
+
+    def __init__(self, message, code=2):
+        super().__init__(" ".join(str(message).split()))
+        self.code = code
+
+
+class Damaged(Halt):
+    """A checkpoint that is none, or not whole."""
+
+
+# %% What a figure says of itself
+def title_of(run):
+    return TITLES.get(run.method, run.method)
+
+
+def about(run):
+    """The run in one sentence"""
+    base, data = run.base, run.data
+    text = f"{title_of(run)}, {base['arch']} of width {base['width']}, {data['name']}"
+    text += f" ({data['n_train']:,} training images), "
+    text += f"epoch {run.epoch} of {run.epochs}, " if run.epochs else ""
+    return text + f"seed {run.config.get('seed', 0)}"
+
+
+def about_knn(run):
+    """How the k-NN accuracy of the pretraining was measured"""
+    k = run.config.get("knn_k", 200)
+    return (
+        f"k-NN: {k} neighbours among all training images, weights exp(cos / 0.1), "
+        f"backbone features; {run.data['n_test']:,} {run.which}s."
+    )
+
+
+def about_probe(run):
+    """How the probe was measured"""
+    config, modes = run.probe["config"], {"finetune": "all weights fine-tuned"}
+    modes |= {"probe": "linear classifier on frozen features", "supervised": "trained with labels"}
+    mode = modes.get(config.get("mode"), config.get("mode"))
+    return (
+        f"{about(run)}. Evaluation: {mode}, {100 * config.get('labels', 1):g} % of the labels, "
+        f"{config.get('epochs')} epochs, learning rate {config.get('lr')}; "
+        f"{run.probe['result']['n_test']:,} {run.which}s; the last epoch, not the best."
+    )
+
+
+def last_knn(run, what):
+    """The last k-NN accuracy that knn_monitor.py measured of this: its row, or None"""
+    rows = [row for row in run.knn if row.get("what") == what and row.get("features") != "head"]
+    if what == run.method:
+        rows = [row for row in rows if row.get("epoch") == run.epoch]
+    return rows[-1] if rows and "top1" in rows[-1] else None
+
+
+# %% Images, encoder and features: as in moco_cifar.py
+def augment(images, recipe):
+    """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised.
+
+    recipe: a Config. Every image draws its own crop, flip, jitter...; the operations stand below.
+    """
+    n, size, device = len(images), images.shape[-1], images.device
+
+    def chance(p):
+        return torch.rand(n, 1, 1, device=device) < p
+
+    top, left, height, width = sample_crops(n, size, recipe.crop_scale, device)
+    flip, never = chance(0.5)[:, 0, 0], chance(0)[:, 0, 0]
+    rows, columns = interpolation(top, height, size, never), interpolation(left, width, size, flip)
+    x = separable(images / 255, rows, columns)
+
+    strength = torch.tensor(recipe.jitter, device=device) * chance(0.8)[:, 0]  # (N, 4)
+    change = strength * (2 * torch.rand(n, 4, device=device) - 1)
+    order = torch.rand(n, 3, device=device).argsort(1)
+    hue_turns = torch.randperm(n, device=device).chunk(
+        4
+    )  # dealt evenly: sizes known without a look
+    x = color_jitter(x, change + torch.tensor([1, 1, 1, 0], device=device), order, hue_turns)
+    x = torch.where(chance(recipe.gray)[..., None], grayscale(x), x)
+    if recipe.blur:
+        blur = gaussian(torch.empty(n, device=device).uniform_(0.1, 2.0), size)  # (N, H, H)
+        blur = torch.where(chance(recipe.blur), blur, torch.eye(size, device=device))
+        x = separable(x, blur, blur)
+    return normalise(x, recipe)
+
+
+def sample_crops(n, size, scale, device="cpu"):
+    """Random crops as torchvision's RandomResizedCrop draws them: area uniform in scale, log aspect
+    ratio uniform, the first of ten tries that fits, else everything. -> top, left, height, width
+    """
+    area = size**2 * torch.empty(n, 10, device=device).uniform_(*scale)
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, n, 10)
+    fits = ((sides > 0) & (sides <= size)).all(0)  # (n, 10)
+    first = fits.int().argmax(1).expand(2, n)[..., None]
+    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)
+    top, left = (torch.rand(2, n, device=device) * (size + 1 - sides)).floor()
+    return top, left, height, width  # (n,) each, pixels
+
+
+def interpolation(start, length, size, flip):
+    """Bilinear resizing of the pixels start...start + length to size pixels, mirrored where flip:
+    (N,) each -> matrix (N, size, size). Clamped to the crop, or what lies outside bleeds in.
+    """
+    pixel = torch.arange(size, device=start.device)
+    target = torch.where(flip[:, None], size - 1 - pixel, pixel)
+    position = ((target + 0.5) * length[:, None] / size - 0.5).clamp(min=0)
+    position = start[:, None] + torch.minimum(position, length[:, None] - 1)
+    return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)
+
+
+def gaussian(sigma, size):
+    """Gaussian blur, borders reflected, cut at 6 pixels: (N,) -> matrix (N, size, size)"""
+    radius = min(6, size - 1)
+    pixel, source = torch.arange(size), torch.arange(-radius, size + radius)
+    distance = (source - pixel[:, None]).to(sigma)
+    weight = (-0.5 * (distance / sigma[:, None, None]) ** 2).exp() * (distance.abs() <= radius)
+    inside = F.one_hot(size - 1 - (size - 1 - source.abs()).abs(), size).to(sigma)  # reflects
+    return weight @ inside / weight.sum(2, keepdim=True)
+
+
+def separable(x, rows, columns):
+    """rows @ x @ columns.T in each channel: (N, C, H, W), (N, H, H), (N, W, W) -> (N, C, H, W)"""
+    x = x.flatten(1, 2) @ columns.mT  # (N, C*H, W)
+    x = rows @ x.unflatten(1, (-1, rows.shape[1])).transpose(1, 2).flatten(2)  # (N, H, C*W)
+    return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
+
+
+def grayscale(x):
+    """Luma (ITU-R 601): (N, 3, H, W) -> (N, 1, H, W)"""
+    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+
+
+def shift_hue(x, turns):
+    """Turn the hue: x (N, 3, H, W) in [0, 1], turns (N,). HSV in closed form: each channel is
+    value - chroma * clamp(min(t, 4 - t), 0, 1), where t = (n + 6 hue) mod 6 and n = 5, 3, 1.
+    """
+    red, green, blue = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    over = 1 / torch.where(chroma > 0, chroma, 1)
+    hue = torch.where(value == green, 2 + (blue - red) * over, 4 + (red - green) * over)
+    hue = torch.where(value == red, (green - blue) * over, hue) + 6 * turns[:, None, None]
+    t = torch.stack([5 + hue, 3 + hue, 1 + hue], dim=1) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(t, 4 - t).clamp(0, 1)
+
+
+def color_jitter(x, factors, order, hue_turns):
+    """Brightness, contrast, saturation and hue in any order, clamped after each; x (N, 3, H, W).
+
+    factors (N, 4): 1, 1, 1, 0 change nothing; order (N, 3): a permutation of the first three;
+    hue_turns: four lists of images, whose hue turns before the 1st, 2nd, 3rd of those, and last.
+    """
+    brightness, contrast, saturation, hue = factors.unbind(1)
+    zero = torch.zeros_like(hue)  # each of the three is  a x + b gray(x) + c mean(gray(x))
+    abc = [
+        [brightness, zero, zero],
+        [contrast, zero, 1 - contrast],
+        [saturation, 1 - saturation, zero],
+    ]
+    abc = torch.stack([torch.stack(row) for row in abc])  # (3 operations, 3 coefficients, N)
+    for i, turn in enumerate(hue_turns):
+        x[turn] = shift_hue(x[turn], hue[turn])
+        if i < 3:
+            a, b, c = abc[order[:, i], :, torch.arange(len(x))].T[..., None, None, None]
+            gray = grayscale(x)
+            rest = b * gray + c * gray.mean((2, 3), keepdim=True)
+            x = torch.addcmul(rest, x, a).clamp_(0, 1)
+    return x
+
+
+def normalise(x, config):
+    """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (config.mean, config.std))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
+    """torchvision's ResNet without fc: (N, 3, H, W) -> (N, encoder.dim), with the stem for small
+    images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
+    """
+    kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
+    net = kind(norm_layer=norm_layer)
+    block, net.inplanes = type(net.layer1[0]), width
+    net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
+    net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
+    depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
+    for i, depth in enumerate(depths):
+        stage = net._make_layer(block, width * 2**i, depth, stride=1 if i == 0 else 2)
+        setattr(net, f"layer{i + 1}", stage)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    net.dim = net.inplanes
+    return net
+
+
+BUILTIN = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
+
+
+def load_data(config):
+    """-> x_train (N, 3, S, S) uint8, y_train (N,), x_test, y_test (the images held out, if any are)
+    and about: what a checkpoint says of its data. Halt if --data names nothing of the kind.
+    """
+    size, name, parts = config.image_size, config.data, {}
+    try:
+        if name in BUILTIN:
+            arrays = read_torchvision(BUILTIN[name], Path(config.data_dir))
+        elif Path(name).is_dir():
+            arrays = read_folder(Path(name), Path(config.data_dir), size)
+        else:
+            arrays = dict(np.load(name, allow_pickle=False))
+        for part in ("train", "test"):
+            x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
+                raise ValueError(f"x_{part} is {x.dtype} {x.shape}, must be uint8 (N, H, W, 3)")
+            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:
+                raise ValueError(f"y_{part} must be a whole number from 0 on for each image")
+            x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+            if x.shape[2:] != (size, size):
+                x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+            parts[part] = x, torch.from_numpy(y.astype(np.int64))
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        known = (
+            f"{', '.join(BUILTIN)}, a folder with train/<class>/* and test/<class>/*, or an .npz"
+        )
+        raise Halt(f"--data {name}: {error or type(error).__name__} (takes {known})") from None
+    n_classes = 1 + max(int(y.max()) for _, y in parts.values())
+    classes = [str(c) for c in arrays.get("classes", range(n_classes))]
+    if len(classes) < n_classes:
+        raise Halt(f"--data {name}: {len(classes)} names of classes, {n_classes} classes")
+    (x, y), (x_test, y_test) = parts["train"], parts["test"]
+    if config.holdout:
+        held, rest = stratified(y, config.holdout, "--holdout")
+        x_test, y_test, x, y = x[held], y[held], x[rest], y[rest]
+    if config.limit:
+        some, _ = stratified(y, config.limit, "--limit")
+        x, y = x[some], y[some]
+    about = dict(name=name, classes=classes, image_size=size, n_train=len(x), n_test=len(x_test))
+    about |= dict(mean=list(config.mean), std=list(config.std), holdout=config.holdout)
+    digest = hashlib.sha256()
+    for tensor in (x, y, x_test, y_test):
+        digest.update(tensor.numpy())
+    about["sha256"] = digest.hexdigest()
+    return SimpleNamespace(x_train=x, y_train=y, x_test=x_test, y_test=y_test, about=about)
+
+
+def read_torchvision(name, root):
+    """One of torchvision's data sets, fetched when missing, checksums verified."""
+    new, cifar, arrays = not root.exists(), name.startswith("CIFAR"), {}
+    try:
+        for part in ("train", "test"):
+            which = {"train": part == "train"} if cifar else {"split": part}
+            data = getattr(torchvision.datasets, name)(root, download=True, **which)
+            arrays[f"x_{part}"] = data.data if cifar else data.data.transpose(0, 2, 3, 1)
+            arrays[f"y_{part}"] = np.asarray(data.targets if cifar else data.labels)
+            arrays["classes"] = getattr(data, "classes", range(10))
+    except (OSError, RuntimeError) as error:  # ModuleNotFoundError: svhn needs scipy
+        if new and root.exists() and not any(root.iterdir()):
+            root.rmdir()
+        ways = f"go online once, put its archive into {root}/, or --data FOLDER or FILE.npz"
+        raise Halt(f"{name} is not in {root}/ and could not be fetched ({error}): {ways}") from None
+    return arrays
+
+
+def read_folder(path, root, size):
+    """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
+    test = path / "test" if (path / "test").is_dir() else path / "val"
+    parts = {"train": path / "train", "test": test}
+    parts = {part: torchvision.datasets.ImageFolder(folder) for part, folder in parts.items()}
+    if parts["train"].classes != parts["test"].classes:
+        raise ValueError(f"the classes in train/ and {test.name}/ differ")
+    files = [(file, os.stat(file)) for part in parts.values() for file, _ in part.samples]
+    key = repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in files])
+    key = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = root / f"{path.resolve().name}-{size}px-{key}.npz"
+    if not cache.exists():
+        arrays = {"classes": parts["train"].classes}
+        for part, folder in parts.items():
+            images = np.empty((len(folder), size, size, 3), np.uint8)
+            for i, (file, _) in enumerate(tqdm(folder.samples, part, disable=None)):
+                try:
+                    images[i] = folder.loader(file).resize((size, size))
+                except (OSError, SyntaxError) as error:
+                    raise ValueError(f"{file} is not a readable image: {error}") from None
+            arrays |= {f"x_{part}": images, f"y_{part}": folder.targets}
+        np.savez(buffer := io.BytesIO(), **arrays)
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, buffer.getbuffer())
+    return dict(np.load(cache))
+
+
+def stratified(labels, n, flag):
+    """A fixed choice of n images, equally many of each class -> their indices, and the others'."""
+    if not n <= len(labels) - (flag == "--holdout"):
+        raise Halt(f"{flag} {n}: there are {len(labels)} training images")
+    order, count = labels.argsort(stable=True), labels.bincount()
+    place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
+    order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
+    return order[:n].sort().values, order[n:].sort().values
+
+
+@torch.no_grad()
+def extract_features(encoder, images, config, autocast, batch=1000):
+    """Features of plain images, the encoder in eval mode: (N, 3, H, W) uint8 -> (N, D) float32"""
+    device, training, features = next(encoder.parameters()).device, encoder.training, []
+    encoder.eval()
+    for part in images.split(batch):
+        with autocast():
+            features.append(encoder(normalise(part.to(device) / 255, config)).float())
+    encoder.train(training)
+    return torch.cat(features)
+
+
+def write_atomic(path, content, previous=None):
+    """All of it or nothing, whenever the power goes off; the old file becomes `previous`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """The checkpoint in a file -> dict, on the CPU; Damaged if it is none or not whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            whole = file.testzip() is None  # torch.load does not look at the checksums
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+    except FileNotFoundError:
+        raise Halt(f"{path}: no such file") from None
+    except Exception as error:  # a foreign file can raise anything
+        raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        what = f"not a checkpoint of format {FORMAT}" if whole else "damaged, a checksum is wrong"
+        raise Damaged(f"{path}: {what}")
+    return checkpoint
+
+
+def start_device(config):
+    """-> the device, and the number type that it is fast in"""
+    name = config.device
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
+    fast = "fp32"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        fast = "bf16"
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return device, types[fast if config.precision == "auto" else config.precision]
+
+
+# %% Reading runs
+def read_run(path):
+    """What is known of a run, from its folder or from one checkpoint."""
+    path = Path(path)
+    pretrain = probe = untrained = None
+    if not path.exists():
+        raise Halt(f"{path}: no such file or folder")
+    if path.is_dir():
+        pretrain = read_first(path / name for name in ("pretrain.pt", "last.pt", "prev.pt"))
+        probe = read_first([path / "linear.pt"])
+        untrained = read_first([path / "random" / "linear.pt"])
+        base = pretrain or probe
+    else:
+        base = read_checkpoint(path)
+        pretrain, probe = (base, None) if base["kind"] == "pretrain" else (None, base)
+    if not base:
+        inner = next(path.glob("*/*.pt"), None)
+        hint = f": name a run's folder, such as {inner.parent}" if inner else ""
+        raise Halt(f"{path}: no pretrain.pt, last.pt or linear.pt in it{hint}")
+    place = path.resolve()
+    name = place.name if path.is_dir() else f"{place.parent.name}/{place.stem}"
+    before = pretrain or probe.get("pretrain") or {}
+    run = SimpleNamespace(name=name, path=path, base=base, probe=probe, untrained=untrained)
+    run.method, run.data = base["method"], base["data"]
+    run.config = before.get("config") or base["config"]
+    run.epoch, run.epochs = before.get("epoch", 0), before.get("epochs", 0)
+    run.which = "held-out training image" if run.data.get("holdout") else "test image"
+    run.history = finite_rows(pretrain["history"], f"{name}, pretraining") if pretrain else []
+    if pretrain and not run.history:
+        raise Halt(f"{path}: no epoch is finished yet, there is nothing to draw")
+    for part in (probe, untrained):
+        if part:
+            part["history"] = finite_rows(part["history"], f"{name}, linear evaluation")
+    run.knn = read_rows(path / "knn.jsonl") if path.is_dir() else []
+    return run
+
+
+def read_first(paths):
+    """The first of these checkpoints that is there and whole, or None if none is there"""
+    trouble = None
+    for path in paths:
+        try:
+            if path.exists():
+                return read_checkpoint(path)
+        except Damaged as error:
+            print(f"note: {error}")
+            trouble = trouble or error
+    if trouble:
+        raise trouble
+    return None
+
+
+def read_checkpoint(path):
+    checkpoint = load_checkpoint(path)
+    keys = "kind method epoch config data arch width encoder history".split()
+    keys += ["result"] if checkpoint.get("kind") == "linear" else []
+    if missing := [key for key in keys if key not in checkpoint]:
+        raise Damaged(f"{path}: not a whole checkpoint, {', '.join(missing)} missing")
+    return checkpoint
+
+
+def finite_rows(rows, where):
+    """Those whose numbers are all finite"""
+    good = [r for r in rows if all(math.isfinite(v) for v in r.values() if isinstance(v, float))]
+    if len(good) < len(rows):
+        print(f"note: {where}: {len(rows) - len(good)} of {len(rows)} epochs not finite, skipped")
+    return good
+
+
+def read_rows(path):
+    """The objects in a .jsonl file; a line that is none, as after a crash, is skipped with a note."""
+    rows = []
+    try:
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise Halt(f"{path}: {error.strerror}") from None
+    for i, line in enumerate(lines, 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            print(f"note: {path}, line {i} of {len(lines)} is torn, skipped")
+    return finite_rows(rows, path)
+
+
+def open_images(run, config, loaded):
+    """The run's images and its encoder; None, with a note, if the images are not there.
+
+    loaded: what has been read already, {settings: data}, for the next run
+    """
+    data, base = run.data, run.base
+    settings = dict(data=config.data or data["name"], data_dir=config.data_dir)
+    settings |= {key: data[key] for key in ("image_size", "mean", "std")}
+    own = not config.data or config.data == data["name"]  # else all images of the other set
+    settings |= {key: run.config.get(key, 0) if own else 0 for key in ("limit", "holdout")}
+    device, dtype = start_device(SimpleNamespace(device=config.device, precision="auto"))
+    try:
+        if repr(settings) not in loaded:
+            loaded[repr(settings)] = load_data(SimpleNamespace(**settings))
+    except Halt as halt:
+        if config.data:
+            raise
+        print(f"note: pairs, map and neighbours are left out: {halt}")
+        return None
+    images = SimpleNamespace(data=loaded[repr(settings)])
+    n, labels = config.limit, images.data.y_train
+    images.bank = stratified(labels, n, "--limit")[0] if 0 < n < len(labels) else slice(None)
+    torch.manual_seed(config.seed)
+    untrained, encoder = (build_encoder(base["arch"], base["width"]) for _ in range(2))
+    try:
+        encoder.load_state_dict(base["encoder"])
+    except RuntimeError:
+        text = f"its encoder is no {base['arch']} of width {base['width']}"
+        raise Halt(f"{run.path}: {text}") from None
+
+    def features_of(net, x):
+        def autocast():
+            return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+        return extract_features(net, x, SimpleNamespace(**data), autocast).cpu()
+
+    for name, net in (("encode", encoder), ("encode_untrained", untrained)):
+        net.to(device, memory_format=torch.channels_last)
+        setattr(images, name, functools.partial(features_of, net))
+    return images
+
+
+# %% Tables
+def scores(run):
+    """-> (name, k-NN accuracy or None, the probe's result or {}): two baselines, then the run"""
+    knn = {what: last_knn(run, what) for what in ("pixels", "random", run.method)}
+    knn = {what: row and row["top1"] for what, row in knn.items()}
+    if knn[run.method] is None and run.history and run.history[-1]["epoch"] == run.epoch:
+        knn[run.method] = run.history[-1].get("knn_top1")
+    untrained = run.untrained["result"] if run.untrained else {}
+    rows = [("raw pixels", knn["pixels"], {}), ("untrained encoder", knn["random"], untrained)]
+    name = f"{title_of(run)}, {run.epoch} epochs" if run.epochs else title_of(run)
+    rows.append((name, knn[run.method], run.probe["result"] if run.probe else {}))
+    return [row for row in rows if row[1] is not None or row[2] or row is rows[-1]]
+
+
+def percent(value):
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def print_summary(run):
+    print(f"\n{run.name}: {about(run)}\n")
+    print(f"{'':26}{'k-NN top-1':>12}{'probe top-1':>14}{'top-3':>10}{'top-5':>10}")
+    for name, knn, result in scores(run):
+        top = [percent(result.get(key)) or "-" for key in ("top1", "top3", "top5")]
+        print(f"{name:26}{percent(knn) or '-':>12}{top[0]:>14}{top[1]:>10}{top[2]:>10}")
+    n, classes = run.data.get("n_test"), len(run.data["classes"])
+    print(f"{'chance':26}{percent(1 / classes):>12}{percent(1 / classes):>14}", end="")
+    print("".join(f"{percent(min(1, k / classes)):>10}" for k in (3, 5)), f"\non {n} {run.which}s")
+
+
+def markdown(runs):
+    """-> a table of runs, one a line"""
+    head = "run | method | encoder | data | epochs | seed | k-NN | probe top-1 | top-3 | top-5"
+    lines = [head, "|".join(["---"] * 6 + ["---:"] * 4)]
+    for run in runs:
+        _, knn, result = scores(run)[-1]
+        cells = [run.name, title_of(run), f"{run.base['arch']}, width {run.base['width']}"]
+        cells += [run.data["name"], run.epoch or "", run.config.get("seed", "")]
+        cells += [percent(v) for v in (knn, *(result.get(k) for k in ("top1", "top3", "top5")))]
+        lines.append(" | ".join(str(cell).replace("|", "\\|") for cell in cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write_table(path, table):
+    """Put it between the two markers in a file; the rest of the file stays as it is."""
+    first, last = "<!-- table -->", "<!-- /table -->"
+    try:
+        text = path.read_bytes().decode() if path.exists() else f"{first}\n{last}\n"
+        before, found, rest = text.partition(first)
+        _, found_too, after = rest.partition(last)
+        if not (found and found_too) or first in rest or last in before + after:
+            raise Halt(f"--table {path}: must hold the lines {first} and {last} once each")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, f"{before}{first}\n{table}\n{last}{after}".encode())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Halt(f"--table {path}: {getattr(error, 'strerror', error)}") from None
+
+
+def save_figure(figure, path):
+    """As path.png and path.pdf; in a notebook it is shown as well."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+            how = dict(format=kind, metadata=metadata, dpi=160, bbox_inches="tight")
+            figure.savefig(buffer := io.BytesIO(), **how)
+            write_atomic(path.with_name(f"{path.name}.{kind}"), buffer.getbuffer())
+    except OSError as error:
+        raise Halt(f"--out {path.parent}: {error.strerror}") from None
+    if in_notebook():
+        png = buffer.getvalue()
+        display(SimpleNamespace(_repr_png_=lambda: png))  # noqa: F821
+
+
+# %% Command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Halt(f"{message} (--help shows the flags)")
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def in_notebook():
+    return sys.argv[0].endswith("kernel_launcher.py")
+
+
+def parse_flags(argv=None):
+    """Config from the command line; in a notebook, which has none, Config as it stands."""
+    config = Config()
+    if argv is not None or not in_notebook():
+        form = argparse.RawDescriptionHelpFormatter
+        parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+        helps = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)$", SOURCE, re.MULTILINE))
+        for field in dataclasses.fields(Config):
+            text, default = helps.get(field.name, ""), field.default
+            if field.name == "runs":
+                parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=text)
+                continue
+            text = text if default == "" else f"{text} [{default}]"
+            how = dict(type=field.type, metavar=field.type.__name__[:1].upper(), help=text)
+            parser.add_argument(flag_of(field.name), default=default, **how)
+        config = Config(**vars(parser.parse_args(argv)))
+    runs = [config.runs] if isinstance(config.runs, str) else config.runs
+    config.runs = tuple({os.path.realpath(run): run for run in runs}.values())
+    if config.limit < 0 or not config.runs:
+        raise Halt(f"--limit {config.limit}: must not be negative" if config.runs else "no runs")
+    return config
+
+
+def draw(config):
+    """All figures and tables"""
+    runs, written, loaded = [read_run(path) for path in config.runs], {}, {}
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.path)
+    if config.table:
+        write_table(Path(config.table), markdown(runs))
+    if len(runs) > 1:
+        folder = Path(config.out)
+        save_figure(draw_comparison(runs), folder / "comparison")
+        written[folder] = ["comparison"]
+    for run in runs:
+        folder = Path(config.out)
+        folder = (
+            folder / re.sub(r"[^\w.=-]+", "-", run.name).strip("-.") if len(runs) > 1 else folder
+        )
+        figures = draw_all(run, open_images(run, config, loaded))
+        for name, make in tqdm(figures.items(), run.name, disable=None, leave=False):
+            torch.manual_seed(config.seed)
+            save_figure(make(), folder / name)
+            written.setdefault(folder, []).append(name)
+    for run in runs:
+        print_summary(run)
+    print(*[f"\n{markdown(runs)}\n\n{config.table} has this table"] * bool(config.table))
+    for folder, names in written.items():
+        print(f"figures (.png and .pdf) in {folder}/: {', '.join(names)}")
+
+
+def main(argv=None):
+    """Draw as the command line says -> exit code"""
+    try:
+        with matplotlib.rc_context(STYLE):
+            draw(parse_flags(argv))
+    except Halt as halt:
+        print(f"error: {halt}", file=sys.stderr)
+        return halt.code
+    except torch.OutOfMemoryError:
+        print("error: out of memory: --device cpu, or a smaller --limit", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    if code and "__file__" in globals():  # a notebook stays open
+        sys.exit(code)

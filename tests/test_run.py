@@ -1,0 +1,353 @@
+"""Nothing lost, nothing wrong in silence: what happens to a run when things go wrong."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kill_harness import digest
+
+import moco_cifar
+
+ROOT = Path(__file__).parents[1]
+LONG = os.environ.get("LONG_TESTS") == "1"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A run of 3 epochs of 6 steps that takes a second"""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 10
+    x = rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, x_train=x[:100], y_train=y[:100], x_test=x[100:], y_test=y[100:])
+    text = f"--data {path} --image-size 8 --arch resnet8 --width 4 --epochs 3 --batch-size 16"
+    text += " --bn-splits 2 --queue-size 50 --dim 8 --knn-k 5 --knn-every 1 --save-seconds 0"
+    return [*text.split(), "--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def whole(flags, tmp_path):
+    """The digest of an uninterrupted run"""
+    assert moco_cifar.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    return digest(tmp_path / "whole" / "pretrain.pt")
+
+
+class Crash(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def crash_after(monkeypatch, step, action=None):
+    """End the run in the middle, after so many steps, with its state saved"""
+    descend = moco_cifar.Run.descend
+
+    def stop(self, loss):
+        descend(self, loss)
+        if self.step == step:
+            (action or self.throw)(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moco_cifar.Run, "descend", stop)
+        patch.setattr(moco_cifar.Run, "throw", throw, raising=False)
+        yield
+
+
+def throw(self, *_):
+    raise Crash
+
+
+def interrupt(monkeypatch, flags, out, step=8):
+    with crash_after(monkeypatch, step), pytest.raises(Crash):
+        moco_cifar.main([*flags, "--out", str(out)])
+
+
+# ---------------------------------------------------------------- kills
+def harness(script, runs, folder, flags):
+    command = [sys.executable, ROOT / "tests/kill_harness.py", script, str(runs), folder, "--"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    print(script, done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_killed_runs_end_bit_identical(flags, tmp_path):  # R1
+    runs = 20 if LONG else 3
+    result = harness("moco_cifar", runs, tmp_path, flags)
+    assert result["equal"] == runs and result["kills"] >= 3 * runs, result
+
+
+@pytest.mark.parametrize(
+    "item", ["model", "optimizer", "step", "loss", "history", "queue.keys", "queue.pointer"]
+    + ["encoder_k.0.conv1.weight", "encoder_k.0.bn1.running_mean", "encoder_q.0.bn1.running_mean"]
+)  # fmt: skip
+def test_missing_items_are_refused(item, flags, tmp_path, monkeypatch):  # R2
+    out = tmp_path / "run"
+    interrupt(monkeypatch, flags, out)
+    for name in ("last.pt", "prev.pt"):
+        saved = torch.load(out / name, weights_only=True)
+        state = saved["train_state"]
+        holder = saved if item == "history" else state["model"] if "." in item else state
+        del holder[item]
+        torch.save(saved, out / name)
+    assert moco_cifar.main([*flags, "--out", str(out)]) == 2
+
+
+def test_resets_are_noticed(flags, whole, tmp_path, monkeypatch):  # R2
+    """The comparison of digests can fail: an item that is not restored gives another result."""
+    for item in ("queue.keys", "queue.pointer", "encoder_k.0.conv1.weight", "optimizer"):
+        out = tmp_path / item
+        interrupt(monkeypatch, flags, out)
+        saved = torch.load(out / "last.pt", weights_only=True)
+        if item == "optimizer":
+            saved["train_state"]["optimizer"]["state"] = {}
+        else:
+            saved["train_state"]["model"][item].zero_()
+        torch.save(saved, out / "last.pt")
+        assert moco_cifar.main([*flags, "--out", str(out)]) == 0
+        assert digest(out / "pretrain.pt") != whole, item
+
+
+def test_log_has_each_epoch_once(flags, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    for step in (3, 8, 13):
+        interrupt(monkeypatch, flags, out, step)
+    assert moco_cifar.main([*flags, "--out", str(out)]) == 0
+    head, *rows = map(json.loads, (out / "pretrain.jsonl").read_text().splitlines())
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert head["config"]["seed"] == 0 and head["machine"]["torch"] == torch.__version__
+
+
+# ---------------------------------------------------------------- saving and loading
+def test_crash_at_every_call_of_a_save(tmp_path, monkeypatch):  # R3
+    """Whatever call of a save is the last, the old or the new state can be read."""
+    path, previous = tmp_path / "last.pt", tmp_path / "prev.pt"
+    calls = {"n": 0, "at": None}
+
+    def counted(call):
+        def wrapped(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == calls["at"]:
+                raise Crash
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(moco_cifar, "open", counted(open), raising=False)
+    state = {"format": moco_cifar.FORMAT, "value": torch.zeros(3)}
+    moco_cifar.save_checkpoint(path, state, previous)
+    calls["n"] = 0
+    moco_cifar.save_checkpoint(path, state | {"value": torch.ones(3)}, previous)
+    total = calls["n"]
+    for at in range(1, total + 1):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        calls.update(n=0, at=None)
+        moco_cifar.save_checkpoint(path, state, previous)
+        calls.update(n=0, at=at)
+        with pytest.raises(Crash):
+            moco_cifar.save_checkpoint(path, state | {"value": torch.ones(3)}, previous)
+        newest = path if path.exists() else previous
+        assert moco_cifar.load_checkpoint(newest)["value"].tolist() in ([0.0] * 3, [1.0] * 3)
+    assert total >= 4
+
+
+def test_damaged_files_never_load_wrong(flags, tmp_path, monkeypatch):  # R4
+    out = tmp_path / "run"
+    interrupt(monkeypatch, flags, out)
+    content, wanted = (out / "last.pt").read_bytes(), digest(out / "last.pt")
+    rng, path, refused, n = random.Random(0), tmp_path / "x.pt", 0, 1000 if LONG else 200
+    for i in range(n):
+        damaged, at = bytearray(content), rng.randrange(len(content))
+        if i % 4 == 0:
+            damaged = damaged[:at]
+        elif i % 4 == 1:
+            damaged[at] ^= 1 << rng.randrange(8)
+        elif i % 4 == 2:
+            damaged[at : at + 4096] = bytes(len(damaged[at : at + 4096]))
+        else:
+            damaged[at : at + 64] = rng.randbytes(len(damaged[at : at + 64]))
+        path.write_bytes(damaged)
+        try:
+            moco_cifar.load_checkpoint(path)
+        except moco_cifar.Damaged as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert digest(path) == wanted
+    print(f"{refused} of {n} damaged files refused, the others were unharmed")
+    assert refused > 0.9 * n
+
+
+def test_damaged_state_falls_back_to_the_one_before(flags, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    interrupt(monkeypatch, flags, out)
+    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:-100])
+    capsys.readouterr()
+    assert moco_cifar.main([*flags, "--out", str(out)]) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and "last.pt" in errors[0] and "prev.pt" in errors[0]
+    assert digest(out / "pretrain.pt") == whole
+
+
+def test_no_state_can_be_read(flags, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    interrupt(monkeypatch, flags, out)
+    for name in ("last.pt", "prev.pt"):
+        (out / name).write_bytes(b"<html>quota exceeded</html>")
+    assert moco_cifar.main([*flags, "--out", str(out)]) == 2
+    assert "--restart" in capsys.readouterr().err
+    assert (out / "last.pt").exists()
+    assert moco_cifar.main([*flags, "--out", str(out), "--restart"]) == 0
+
+
+# ---------------------------------------------------------------- signals, locks, disks
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(number, flags, whole, tmp_path, monkeypatch, capsys):  # R5
+    out = tmp_path / "run"
+    quiet = [*flags, "--save-seconds", "1000", "--out", str(out)]
+    handler = signal.getsignal(number)
+    with crash_after(monkeypatch, 8, lambda run: os.kill(os.getpid(), number)):
+        assert moco_cifar.main(quiet) == 128 + number
+    assert "the same command goes on" in capsys.readouterr().err
+    assert torch.load(out / "last.pt", weights_only=True)["train_state"]["step"] == 9
+    assert signal.getsignal(number) == handler
+    assert moco_cifar.main(quiet) == 0
+    assert digest(out / "pretrain.pt") != "" and not (out / "last.pt").exists()
+
+
+def full_disk(times):
+    """A write_atomic that fails so many times with ENOSPC, then works"""
+    write, left = moco_cifar.write_atomic, [times]
+
+    def fail(path, *args, **kwargs):
+        if path.name == "last.pt" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *args, **kwargs)
+
+    return fail
+
+
+def test_full_disk_is_retried(flags, whole, tmp_path, monkeypatch, capsys):  # R6
+    out = tmp_path / "run"
+    interrupt(monkeypatch, flags, out, 4)
+    monkeypatch.setattr(moco_cifar, "write_atomic", full_disk(2))
+    assert moco_cifar.main([*flags, "--out", str(out)]) == 0
+    assert capsys.readouterr().err.count("No space left on device") == 2
+    assert digest(out / "pretrain.pt") == whole
+
+
+def test_full_disk_for_good(flags, tmp_path, monkeypatch, capsys):  # R6
+    out = tmp_path / "run"
+    interrupt(monkeypatch, flags, out, 4)
+    before = digest(out / "last.pt")
+    monkeypatch.setattr(moco_cifar, "write_atomic", full_disk(1000))
+    assert moco_cifar.main([*flags, "--out", str(out)]) == 4
+    assert "error: " in capsys.readouterr().err
+    assert digest(out / "last.pt") == before and not list(out.glob("*.tmp"))
+
+
+def test_second_run_is_refused(flags, tmp_path):  # R7
+    """Within 2 s, naming the holder; after the holder's kill -9 the folder is free at once."""
+    out = tmp_path / "run"
+    code = (
+        "import moco_cifar, os, time, sys\n"
+        "lock = moco_cifar.lock_folder(moco_cifar.Path(sys.argv[1]))\n"
+        "print('locked', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, out], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        start = time.monotonic()
+        with pytest.raises(moco_cifar.Halt, match=f"process {holder.pid}"):
+            moco_cifar.lock_folder(out)
+        assert time.monotonic() - start < 2
+    finally:
+        holder.kill()
+        holder.wait()
+    moco_cifar.lock_folder(out).close()
+
+
+# ---------------------------------------------------------------- divergence
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_nan_stops_the_run(what, flags, tmp_path, monkeypatch, capsys):  # R9
+    out = tmp_path / "run"
+
+    def poison(run):
+        (run.loss if what == "loss" else next(run.model.parameters()).data).fill_(float("nan"))
+
+    with crash_after(monkeypatch, 8, poison):
+        assert moco_cifar.main([*flags, "--out", str(out)]) == 3
+    assert "lower --lr" in capsys.readouterr().err
+    for path in out.glob("*.pt"):
+        values = [torch.load(path, weights_only=True)]
+        for value in values:
+            values.extend(value.values() if isinstance(value, dict) else ())
+            assert not isinstance(value, torch.Tensor) or value.isfinite().all()
+    assert "NaN" not in (out / "pretrain.jsonl").read_text()
+
+
+# ---------------------------------------------------------------- the same seed, the same weights
+@pytest.mark.parametrize(
+    "other", ["--knn-every 0", "--knn-every 2 --knn-k 7", "--save-seconds 1000", "--keep-every 1"]
+)
+def test_monitors_do_not_disturb(other, flags, tmp_path):  # R8
+    weights = []
+    for name, more in (("a", []), ("b", other.split())):
+        assert moco_cifar.main([*flags, *more, "--out", str(tmp_path / name)]) == 0
+        weights.append(torch.load(tmp_path / name / "pretrain.pt", weights_only=True)["encoder"])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_seed_matters(flags, tmp_path, whole):
+    assert moco_cifar.main([*flags, "--seed", "1", "--out", str(tmp_path / "b")]) == 0
+    assert digest(tmp_path / "b" / "pretrain.pt") != whole
+
+
+def test_kept_checkpoints(flags, tmp_path):
+    assert moco_cifar.main([*flags, "--keep-every", "1", "--out", str(tmp_path / "a")]) == 0
+    names = sorted(path.name for path in (tmp_path / "a").glob("*.pt"))
+    assert names == ["epoch0001.pt", "epoch0002.pt", "pretrain.pt"]
+    epochs = [torch.load(tmp_path / "a" / name, weights_only=True)["epoch"] for name in names]
+    assert epochs == [1, 2, 3]
+
+
+# ---------------------------------------------------------------- several processes
+def test_two_processes_equal_one(flags, tmp_path):  # R10
+    """Two processes with a batch-norm group each do what one process does with two groups."""
+    assert moco_cifar.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "moco_cifar.py"), *flags, "--out", str(tmp_path / "two")]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        torch.load(tmp_path / name / "pretrain.pt", weights_only=True) for name in ("one", "two")
+    )
+    assert two["machine"]["processes"] == 2
+    for a, b in zip(one["history"], two["history"]):
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+    for key, value in one["encoder"].items():
+        torch.testing.assert_close(value, two["encoder"][key], rtol=1e-3, atol=1e-4)
