@@ -95,6 +95,20 @@ RECIPES = {
 
 
 # %% Augmentation: what the network is told to ignore
+def sample_crops(n, size, scale, device="cpu"):
+    """Random crops as torchvision's RandomResizedCrop draws them: area uniform in scale, log aspect
+    ratio uniform, the first of ten tries that fits, else everything. -> top, left, height, width
+    """
+    area = size**2 * torch.empty(n, 10, device=device).uniform_(*scale)
+    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, n, 10)
+    fits = ((sides > 0) & (sides <= size)).all(0)  # (n, 10)
+    first = fits.int().argmax(1).expand(2, n)[..., None]
+    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)
+    top, left = (torch.rand(2, n, device=device) * (size + 1 - sides)).floor()
+    return top, left, height, width  # (n,) each, pixels
+
+
 def augment(images, recipe):
     """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised.
 
@@ -315,20 +329,6 @@ class Damaged(Halt):
 
 
 # %% Image operations: whole batches, each image with parameters of its own
-def sample_crops(n, size, scale, device="cpu"):
-    """Random crops as torchvision's RandomResizedCrop draws them: area uniform in scale, log aspect
-    ratio uniform, the first of ten tries that fits, else everything. -> top, left, height, width
-    """
-    area = size**2 * torch.empty(n, 10, device=device).uniform_(*scale)
-    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, n, 10)
-    fits = ((sides > 0) & (sides <= size)).all(0)  # (n, 10)
-    first = fits.int().argmax(1).expand(2, n)[..., None]
-    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)
-    top, left = (torch.rand(2, n, device=device) * (size + 1 - sides)).floor()
-    return top, left, height, width  # (n,) each, pixels
-
-
 def interpolation(start, length, size, flip):
     """Bilinear resizing of the pixels start...start + length to size pixels, mirrored where flip:
     (N,) each -> matrix (N, size, size). Clamped to the crop, or what lies outside bleeds in.
