@@ -291,6 +291,7 @@ def train(config, run):
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import inspect
@@ -595,10 +596,10 @@ def load_checkpoint(path):
 # %% Devices and processes (torchrun starts several; with one, the helpers do nothing)
 def start_device(config):
     """-> the device, and the number type that it is fast in"""
-    name = config.device
+    name, fast = config.device, "fp32"
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        accelerator = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if accelerator else "cpu"
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -607,11 +608,10 @@ def start_device(config):
     except (RuntimeError, AssertionError):
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
-    fast = "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
+    elif device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         fast = "bf16"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -899,11 +899,15 @@ class Run:
         self.loss.zero_()
         self.history.append(row | {"seconds": self.elapsed()})
         if self.first:
-            self.log()
+            with contextlib.suppress(OSError):  # what a full disk means, save() decides
+                self.log()
             text = f"epoch {epoch}/{config.epochs}: loss {row['loss']:.4f}"
             text += f", k-NN {100 * row['knn_top1']:.2f} %" if "knn_top1" in row else ""
             text += f", {self.elapsed() / epoch * left / 60:.1f} min left" if left else ""
-            self.bar.write(text) if not self.bar.disable else print(text, flush=True)
+            if self.bar.disable:  # no terminal: a line an epoch
+                print(text, flush=True)
+            elif "knn_top1" in row:
+                self.bar.write(text)
         if config.keep_every and epoch % config.keep_every == 0 and left:
             self.save(f"epoch{epoch:04d}.pt")
 
@@ -993,12 +997,16 @@ def main(argv=None):
         text = f"error: {halt}" if halt.code else str(halt)
         print(text, file=sys.stderr if halt.code else sys.stdout)
         return halt.code
+    except KeyboardInterrupt:  # before the first step
+        return 130
     except torch.OutOfMemoryError:
         print(f"error: {config.device}: out of memory, lower --batch-size", file=sys.stderr)
         return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -5,9 +5,11 @@ import http.client
 import io
 import os
 import pickle
+import resource
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from types import SimpleNamespace
 
 import moco_cifar
@@ -16,6 +18,19 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """At most a gigabyte more than now, or else a wrong number could take the whole machine."""
+    before, (now, *_) = (
+        resource.getrlimit(resource.RLIMIT_AS),
+        open("/proc/self/statm").read().split(),
+    )
+    most = int(now) * resource.getpagesize() + 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture
@@ -339,8 +354,6 @@ def bomb():
     Image.new("RGB", (1, 1)).save(buffer := io.BytesIO(), "PNG")
     content = buffer.getvalue()
     header = b"IHDR" + (10**8).to_bytes(4, "big") * 2 + content[24:29]
-    import zlib
-
     return content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
 
 

@@ -235,12 +235,12 @@ def test_signals_save_and_stop(number, flags, whole, tmp_path, monkeypatch, caps
     assert digest(out / "pretrain.pt") != "" and not (out / "last.pt").exists()
 
 
-def full_disk(times):
+def full_disk(times, names=("last.pt",)):
     """A write_atomic that fails so many times with ENOSPC, then works"""
     write, left = moco_cifar.write_atomic, [times]
 
     def fail(path, *args, **kwargs):
-        if path.name == "last.pt" and left[0]:
+        if path.name in names and left[0]:
             left[0] -= 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, *args, **kwargs)
@@ -261,7 +261,9 @@ def test_full_disk_for_good(flags, tmp_path, monkeypatch, capsys):  # R6
     out = tmp_path / "run"
     interrupt(monkeypatch, flags, out, 4)
     before = digest(out / "last.pt")
-    monkeypatch.setattr(moco_cifar, "write_atomic", full_disk(1000))
+    monkeypatch.setattr(
+        moco_cifar, "write_atomic", full_disk(1000, ("last.pt", "pretrain.jsonl", "pretrain.pt"))
+    )
     assert moco_cifar.main([*flags, "--out", str(out)]) == 4
     assert "error: " in capsys.readouterr().err
     assert digest(out / "last.pt") == before and not list(out.glob("*.tmp"))
