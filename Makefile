@@ -55,8 +55,8 @@ $(METHODS:%=runs/cifar-%-$(tag)/pretrain.pt): | $(READY)
 	$(PYTHON) $(SCRIPT) --data '$(DATA)' --epochs $(EPOCHS) --seed $(SEED) --out $(@D) $(ARGS)
 
 # a small encoder and drawn shapes: minutes on a laptop
-DEMO := --data data/shapes.npz --arch resnet8 --width 32 --epochs 30 --batch-size 256 --bn-splits 1 \
-	--lr 0.12 --queue-size 2048 --crop-scale 0.5,1 --knn-every 5
+DEMO := --data data/shapes.npz --arch resnet8 --width 16 --epochs 12 --batch-size 128 --bn-splits 1 \
+	--lr 0.12 --queue-size 1024 --crop-scale 0.5,1 --knn-every 2
 
 demo: figures/demo-moco-seed$(SEED)/table.md  ## the whole chain on drawn shapes, no download, minutes on a CPU
 

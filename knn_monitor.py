@@ -7,10 +7,10 @@ that are most like it, and they vote for their classes: the nearer, the louder.
                                 +--> s --> the k nearest --> votes exp(s / T) --> largest sum wins
     training   --encoder--> bank (M, D), computed once
 
-This has no rate to tune and no luck: two runs give the same number, and a minute after an epoch it
-says whether the run is on its way. The loss does not say it: its value depends on the queue, the
-temperature and the augmentation, and may rise while the features get better. A linear probe, which
-may reweigh the features, ends some points higher; k-NN needs neighbourhoods that are right as they are.
+There is nothing to train, no rate to choose, no luck: it costs one pass over the images and says at
+any epoch whether a run is on its way. The loss does not say that: its value depends on the queue,
+the temperature and the augmentation, and it may rise while the features get better. A linear probe
+may weigh the features anew, and usually ends higher; k-NN takes the distances as they are.
 
 Two numbers compare only if they were measured alike, so each result carries its protocol:
  - features: here the backbone's h (512 numbers in ResNet-18). The official MoCo demo measures the
@@ -77,7 +77,8 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
     """
     kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
-    net = kind(norm_layer=norm_layer)
+    with torch.device("meta"):  # costs nothing: every layer with weights is replaced
+        net = kind(norm_layer=norm_layer)
     block, net.inplanes = type(net.layer1[0]), width
     net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
     net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
@@ -104,9 +105,13 @@ def load_head(checkpoint):
     """The head behind the encoder, rebuilt from its weights: (N, dim) -> (N, C)"""
     state, layers = checkpoint["head"], []  # {"0.weight": ...}
     for i in range(1 + max(int(name.split(".")[0]) for name in state)):
-        weight = state.get(f"{i}.weight", torch.tensor(0))
-        kinds = [nn.ReLU, nn.BatchNorm1d, functools.partial(nn.Linear, bias=f"{i}.bias" in state)]
-        layers.append(kinds[weight.ndim](*weight.shape[::-1]))
+        weight, mean = state.get(f"{i}.weight"), state.get(f"{i}.running_mean")
+        if mean is not None:
+            layers.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
+        elif weight is not None:
+            layers.append(nn.Linear(*weight.T.shape, bias=f"{i}.bias" in state))
+        else:
+            layers.append(nn.ReLU())  # it has no weights
     head = nn.Sequential(*layers)
     head.load_state_dict(state)
     return head.requires_grad_(False).eval()
@@ -117,13 +122,13 @@ def build_model(path, checkpoint, config):
     if config.baseline == "pixels":
         return None
     if config.features == "head" and not checkpoint.get("head"):
-        raise Halt(f"{path}: holds no head; --features head needs one, as in a run's last.pt")
+        raise Halt(f"{path}: holds no head, --features head takes a pretraining run's checkpoint")
     torch.manual_seed(config.seed)  # for an untrained encoder
     try:
         encoder = load_encoder(checkpoint, random=config.baseline == "random")
-        return (
-            nn.Sequential(encoder, load_head(checkpoint)) if config.features == "head" else encoder
-        )
+        if config.features == "head":
+            return nn.Sequential(encoder, load_head(checkpoint))
+        return encoder
     except (LookupError, RuntimeError, TypeError, ValueError):
         what = f"{checkpoint.get('arch')} of width {checkpoint.get('width')}"
         raise Damaged(f"{path}: the weights in it are not those of a {what}") from None
@@ -219,20 +224,23 @@ def measure_knn(path, checkpoint, config):
 
 
 def watch(folder, config):
-    """Yield path, checkpoint for each new state of the run in a folder; the last is pretrain.pt."""
+    """Yield path, checkpoint for each new state of the run in a folder; the last is pretrain.pt.
+    They are saved by the clock, so there can be several in an epoch, which counts when it is over.
+    """
     seen, complete = None, False
     while not complete:
         complete = (folder / "pretrain.pt").exists()
         path = folder / ("pretrain.pt" if complete else "last.pt")
-        written = path.stat().st_mtime_ns if path.exists() else seen
-        if written != seen:
-            try:
-                checkpoint, seen = load_checkpoint(path), written
-            except Halt:  # still being copied, or replaced by pretrain.pt just now: look again
-                if complete:
-                    raise
-            else:
-                yield path, checkpoint
+        try:
+            written = path.stat().st_mtime_ns
+            checkpoint = load_checkpoint(path) if written != seen else None
+        except (OSError, Halt):  # being replaced just now, or half a copy from elsewhere
+            if complete:
+                raise
+            checkpoint = None
+        if checkpoint:
+            seen = written
+            yield path, checkpoint
         if not complete:
             time.sleep(config.watch_seconds)
 
@@ -388,9 +396,7 @@ def find_data(path, checkpoint, config):
     """The images that a checkpoint names, or what the config says in their place."""
     named, about = checkpoint["config"], checkpoint["data"]
     settings = {k: getattr(config, k) or named[k] for k in "data data_dir limit holdout".split()}
-    settings |= dict(
-        image_size=about["image_size"], mean=tuple(about["mean"]), std=tuple(about["std"])
-    )
+    settings |= {k: tuple(about[k]) for k in ("mean", "std")} | {"image_size": about["image_size"]}
     try:
         return load_data_once(**settings)
     except Halt as halt:
@@ -453,28 +459,27 @@ def find_checkpoint(path):
 
 
 # %% Results
-COLUMNS = "{:<10} {:>5}  {:<8}  {:>4}  {:>7}  {:>14} {:<8} {:>6}  {}"
-HEADER = COLUMNS.format(*"method epoch features k top-1 correct images bank checkpoint".split())
+COLUMNS = "{:<10} {:>5}  {:<8}  {:>4}  {:>7}  {:>14} {:<8} {:>6}  {:<10}  {}"
+HEADER = "method epoch features k top-1 correct images bank data checkpoint"
 
 
 def table_row(row):
+    """A measurement as a line of the table."""
     percent, correct = f"{100 * row['top1']:.2f} %", f"{row['correct']} of {row['n_test']}"
     first = [row[name] for name in ("what", "epoch", "features", "k")]
-    last = [row["evaluated_on"], row["n_train"], row["checkpoint"] or row["data"]]
+    last = [row["evaluated_on"], row["n_train"], Path(row["data"]).name, row["checkpoint"] or "-"]
     return COLUMNS.format(*first, percent, correct, *last)
 
 
 def result_file(path, config):
     """The knn.jsonl that a result of this checkpoint goes to, if any."""
     folder = Path(config.out) if config.out else path and path.parent
-    if folder:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Halt(f"--out {folder}: {error.strerror}") from None
-        if not os.access(folder, os.W_OK):
-            raise Halt(f"{folder} takes no knn.jsonl: name a folder for it with --out")
-        return folder / "knn.jsonl"
+    if not folder:
+        return None
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Halt(f"no knn.jsonl can be written to {folder}: name another folder with --out")
+    return folder / "knn.jsonl"
 
 
 SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
@@ -482,10 +487,9 @@ SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
 
 def record(path, row):
     """Add a row to knn.jsonl, in the place of an older one of the same measurement."""
-    old = path.read_text().splitlines(keepends=True) if path.exists() else []
-    row = row | {
-        "checkpoint": row["checkpoint"] and os.path.relpath(row["checkpoint"], path.parent)
-    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if row["checkpoint"]:
+        row = row | {"checkpoint": os.path.relpath(row["checkpoint"], path.parent)}
 
     def same(line):
         try:
@@ -493,12 +497,14 @@ def record(path, row):
         except (ValueError, AttributeError):  # torn by a full disk, for example
             return False
 
-    rest, new = [line for line in old if not same(line)], json.dumps(row) + "\n"
-    if len(rest) < len(old):
-        write_atomic(path, "".join([*rest, new]).encode())
+    old = path.read_text() if path.exists() else ""
+    rest = [line for line in old.splitlines() if not same(line)]
+    new = json.dumps(row) + "\n"
+    if len(rest) < len(old.splitlines()):
+        write_atomic(path, "\n".join([*rest, new]).encode())
         return
     with open(path, "a") as file:
-        file.write("\n" * (old[-1:] != [] and not old[-1].endswith("\n")) + new)
+        file.write("\n" + new if old and not old.endswith("\n") else new)
         file.flush()
         os.fsync(file.fileno())
 
@@ -506,10 +512,10 @@ def record(path, row):
 # %% Devices
 def start_device(config):
     """-> the device, and the number type that it is fast in"""
-    name = config.device
+    name, fast = config.device, "fp32"
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        accelerator = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if accelerator else "cpu"
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -518,11 +524,10 @@ def start_device(config):
     except (RuntimeError, AssertionError):
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
-    fast = "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
+    elif device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         fast = "bf16"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -635,26 +640,28 @@ def main(argv=None):
             raise Halt("--baseline goes with neither --watch nor --features head")
         if config.watch and (len(paths) != 1 or not paths[0].is_dir()):
             raise Halt(f"--watch follows the folder of one run, not {config.checkpoints}")
-        find = (lambda path: path / "last.pt") if config.watch else find_checkpoint
-        files = [find(path) for path in paths]
-        for path in files or [None]:
-            result_file(path, config)
         if config.watch:
-            states = watch(paths[0], config)
+            files, states = [paths[0] / "last.pt"], watch(paths[0], config)
+            print(f"following {paths[0]}/ until pretrain.pt is there; Ctrl-C stops", flush=True)
+        elif paths:
+            files = [find_checkpoint(path) for path in paths]
+            states = ((path, load_checkpoint(path)) for path in files)  # one at a time
         else:
-            states = ((path, load_checkpoint(path)) for path in files)
-        for i, (path, checkpoint) in enumerate(states if paths else [(None, untrained(config))]):
+            files, states = [None], [(None, untrained(config))]
+        for path in files:
+            result_file(path, config)  # find out now whether it can be written
+        header = COLUMNS.format(*HEADER.split()) + "\n"
+        for path, checkpoint in states:
             row = measure_knn(path, checkpoint, config)
-            print(table_row(row) if i else f"{HEADER}\n{table_row(row)}", flush=True)
-            if file := result_file(path, config):
-                record(file, row)
+            print(header + table_row(row), flush=True)
+            header = ""
+            if target := result_file(path, config):
+                record(target, row)
     except Halt as halt:
         print(f"error: {halt}", file=sys.stderr)
         return halt.code
     except torch.OutOfMemoryError:
-        print(
-            "error: out of memory: take fewer images with --limit, or --device cpu", file=sys.stderr
-        )
+        print("error: out of memory: lower --limit, or take --device cpu", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: knn.jsonl cannot be written: {error}", file=sys.stderr)

@@ -74,7 +74,8 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
     """
     kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
-    net = kind(norm_layer=norm_layer)
+    with torch.device("meta"):  # costs nothing: every layer with weights is replaced
+        net = kind(norm_layer=norm_layer)
     block, net.inplanes = type(net.layer1[0]), width
     net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
     net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
@@ -464,10 +465,10 @@ def load_checkpoint(path):
 # %% Devices
 def start_device(config):
     """-> the device, and the number type that it is fast in"""
-    name = config.device
+    name, fast = config.device, "fp32"
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        accelerator = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if accelerator else "cpu"
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -476,11 +477,10 @@ def start_device(config):
     except (RuntimeError, AssertionError):
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
-    fast = "fp32"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
-    elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
+    elif device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         fast = "bf16"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

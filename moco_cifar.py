@@ -145,7 +145,8 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
     """
     kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
-    net = kind(norm_layer=norm_layer)
+    with torch.device("meta"):  # costs nothing: every layer with weights is replaced
+        net = kind(norm_layer=norm_layer)
     block, net.inplanes = type(net.layer1[0]), width
     net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
     net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()

@@ -28,6 +28,11 @@ def write_npz(path, n_train=120, n_test=60, classes=10, size=16, seed=0):
     return path
 
 
+def close(ours, theirs, tolerance):
+    """Tensors of one type and shape, no element further off than tolerance"""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test draws the same numbers, whichever tests ran before."""

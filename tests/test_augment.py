@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
+from conftest import close
 from torchvision.transforms import RandomResizedCrop
 
 import moco_cifar as moco
@@ -49,10 +50,6 @@ def pixels_of(views, config):
     """Undo the normalisation."""
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     return views * std.view(3, 1, 1) + mean.view(3, 1, 1)
-
-
-def close(ours, theirs, tolerance):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def near_rate(hits, p):
@@ -243,9 +240,7 @@ def test_jitter_is_all_four_factors_or_none(jitter):
     assert changed.double().mean() > 0.999  # a factor may come out as exactly 1
 
 
-@pytest.mark.parametrize(
-    "i, strength", [(0, 0.4), (1, 0.3), (2, 0.2), (3, 0.1)], ids=OPERATIONS
-)
+@pytest.mark.parametrize("i, strength", [(0, 0.4), (1, 0.3), (2, 0.2), (3, 0.1)], ids=OPERATIONS)
 def test_jitter_factors_are_uniform_in_their_range(jitter, i, strength):
     """ColorJitter(0.4): from 0.6 to 1.4; hue 0.1: from -0.1 to 0.1"""
     factor, middle = jitter.factors[jitter.jittered, i], float(i < 3)
@@ -286,7 +281,9 @@ def test_one_of_five_views_is_gray():
 def test_half_of_the_views_are_blurred_by_sigma_up_to_two(no_crop, spy):
     blurs, config, images = spy(moco, "gaussian"), Config(**PLAIN | {"blur": 0.5}), noise(2000, 8)
     x, views = images / 255, pixels_of(augment(images, config), config)
-    off = torch.minimum((views - x).abs().mean((1, 2, 3)), (views - x.flip(3)).abs().mean((1, 2, 3)))
+    off = torch.minimum(
+        (views - x).abs().mean((1, 2, 3)), (views - x.flip(3)).abs().mean((1, 2, 3))
+    )
     sigma = blurs[0][0][0]
     visible = sigma > 0.3  # below, a blur by less than a pixel changes nothing
     near_rate(off[visible] > 1e-4, 0.5)

@@ -45,7 +45,7 @@ def tree(tmp_path, copies, capsys):
     shutil.copy(tree.path("moco_cifar"), tree.path("simclr"))
     for old in ("METHOD = ", "RECIPES = {", "class Config:", "def main(argv=None):"):
         tree.edit("simclr", old, f"{old}  # of SimCLR" if old[-1] in ":{" else f"{old}2 * ")
-    assert tree.run("--check") == (0, [])
+    assert tree.run("--fix")[0] == 0  # if the real ones have drifted, only the next test says so
     return tree
 
 
@@ -73,7 +73,7 @@ def test_drift_is_named_and_mended(tree, copies, change):
     tree.edit("simclr", text, edit(text))
     code, lines = tree.run("--check")
     assert code == 1 and len(lines) == 1
-    assert re.match(rf"{name} differs in moco_cifar.* and simclr.*: {FIX}", lines[0])
+    assert re.match(rf"{name} differs in simclr from moco_cifar: {FIX}", lines[0])
     others = {p: p.read_bytes() for p in tree.path("").parent.iterdir() if p.stem != "simclr"}
     assert tree.run("--fix")[0] == 0
     assert tree.path("simclr").read_bytes() == right
@@ -105,7 +105,7 @@ def test_the_first_script_with_the_name_wins(tree):
         with open(tree.path(script), "a") as file:
             file.write(f'\n\ndef only_here():\n    return "{script}"\n')
     code, lines = tree.run("--check")
-    assert code == 1 and "only_here differs in simclr and linear_eval" in lines[0]
+    assert code == 1 and "only_here differs in linear_eval from simclr" in lines[0]
     assert lines[0].endswith("takes simclr's")
 
 

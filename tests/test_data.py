@@ -12,12 +12,13 @@ import urllib.request
 import zlib
 from types import SimpleNamespace
 
-import moco_cifar
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
+
+import moco_cifar
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +188,6 @@ NO_NPZ = {
     "begin missing": npz_bytes()[100:],
     "a flipped bit": flip(npz_bytes(), 2000),
     "a flipped bit, compressed": flip(ZIPPED, len(ZIPPED) // 4),
-    "a flipped bit in a header": flip(ZIPPED, 8),
     "a pickle": pickle.dumps(random_arrays()),
     "one array": b"\x93NUMPY" + npz_bytes().split(b"\x93NUMPY")[2],
 }
@@ -578,10 +578,6 @@ def test_no_network_and_no_data(refuse, offline, name):
 @pytest.mark.parametrize("name", ["cifar100", "svhn", "stl10"])
 def test_no_network_for_the_other_sets(refuse, offline, name):
     refuse(name, "go online once, put its archive into cache/, or --data FOLDER or FILE.npz")
-
-
-def test_no_network_and_a_data_dir_in_a_new_folder(refuse, offline):
-    refuse("cifar10", "go online once", "--data-dir", "new/data")
 
 
 def test_no_network_leaves_an_older_data_dir_alone(here, refuse, offline):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import close
 from torch import nn
 
 import moco_cifar as moco
@@ -30,10 +31,6 @@ def unit_rows(n, dim):
 
 def views(n=8, size=8):
     return torch.randn(2, n, 3, size, size, dtype=torch.float64)
-
-
-def close(ours, theirs, tolerance):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 # -- the loss
@@ -93,7 +90,7 @@ def test_info_nce_is_finite_at_small_temperatures(qkn):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_queue_is_first_in_first_out(seed):
-    """Batches that don't divide K, of K keys, and of more: the oldest keys leave, the order stays."""
+    """Batches that don't divide K, of K keys, and of more: the oldest leave, the order stays."""
     torch.manual_seed(seed)
     queue, right = Queue(10, 2), collections.deque(maxlen=10)
     right.extend(queue.keys.tolist())

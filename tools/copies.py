@@ -52,15 +52,15 @@ def definitions(source, script):
 
 
 def compare(scripts):
-    """{script: its text} -> {name: the scripts among which it has drifted}, stale exemptions"""
+    """{script: its text} -> {name: the first script with it and those that differ}, stale ones"""
     texts, drifted, stale = {}, {}, []  # texts: {name: {script: text}}
     for script, source in scripts.items():
         for name, (_, _, text) in definitions(source, script).items():
             texts.setdefault(name, {})[script] = text
     for name, found in texts.items():
         held = [script for script in found if not {(script, name), ("*", name)} & DIFFERS.keys()]
-        if len({found[script] for script in held}) > 1:
-            drifted[name] = held
+        if others := [script for script in held if found[script] != found[held[0]]]:
+            drifted[name] = [held[0], *others]
     for script, name in DIFFERS:
         found = texts.get(name, {})
         gone = not found if script == "*" else script not in found
@@ -91,7 +91,7 @@ def main(argv=None):
     try:
         drifted, stale = compare(scripts)
         for name, (source, *others) in drifted.items():
-            where = " and ".join([source, *others])
+            where = f"{' and '.join(others)} from {source}"
             print(f"{name} differs in {where}: python tools/copies.py --fix takes {source}'s")
             for target in others if args.fix else ():
                 copy(name, source, target, scripts)

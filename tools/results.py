@@ -1,0 +1,132 @@
+"""Publish finished runs: a JSON file each in results/, and from all of them the table in README.md.
+
+    python tools/results.py runs/NAME [...] --data "CIFAR-10 (JPEG-compressed copy)"
+    python tools/results.py                     # only rebuild the table in README.md
+
+A file holds the settings, the machine, hashes, every epoch, and accuracies as whole numbers of
+images: nothing in the table is typed by hand, and tests/test_results.py rebuilds it. Runs that differ
+only in their seed share a row, with mean and standard deviation.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+LOCAL = ("out", "data", "data_dir", "checkpoints")  # settings that only name places on a machine
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def settings(config):
+    return {key: value for key, value in config.items() if key not in LOCAL}
+
+
+def collect(run, data):
+    """Everything worth keeping of a run's folder -> a plain dict"""
+    checkpoint = load(run / "pretrain.pt")
+    if checkpoint is None:
+        sys.exit(f"error: {run}: no pretrain.pt there, the run is not finished")
+    sha = hashlib.sha256((run / "pretrain.pt").read_bytes()).hexdigest()
+    images = {
+        key: checkpoint["data"][key] for key in ("n_train", "n_test", "image_size", "holdout")
+    }
+    images |= {"name": data, "classes": len(checkpoint["data"]["classes"])}
+    result = {"schema": 1, "method": checkpoint["method"], "data": images}
+    result |= {"data_sha256": checkpoint["data"]["sha256"], "checkpoint_sha256": sha}
+    result["script_sha256"] = hashlib.sha256(checkpoint["source"].encode()).hexdigest()
+    result |= {"config": settings(checkpoint["config"]), "machine": checkpoint["machine"]}
+    for name, path in (("probe", run / "linear.pt"), ("random_probe", run / "random/linear.pt")):
+        if linear := load(path):
+            how = {"config": settings(linear["config"]), "machine": linear["machine"]}
+            result[name] = linear["result"] | how
+    rows = run / "knn.jsonl"
+    rows = [json.loads(row) for row in rows.read_text().splitlines()] if rows.exists() else []
+    result["knn"] = [
+        {k: v for k, v in row.items() if k not in ("checkpoint", "data")} for row in rows
+    ]
+    return result | {"history": checkpoint["history"]}
+
+
+def show(values):
+    """Fractions -> 82.6 ± 0.2 (n = 3), or the one value alone"""
+    values = [100 * value for value in values]
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def table(results):
+    """The Markdown table: a row for the runs that differ in nothing but their seed"""
+    groups = {}
+    for result in results:
+        config = {key: value for key, value in result["config"].items() if key != "seed"}
+        where = result["machine"]["device"], result["machine"]["precision"]
+        key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
+        groups.setdefault(key, []).append(result)
+    lines = [
+        "| method | data | encoder | epochs | seeds | k-NN % | probe top-1 % | pixels k-NN % "
+        "| random encoder k-NN, probe % | minutes | on |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group in groups.values():
+        result, config = group[0], group[0]["config"]
+
+        def knn(what, group=group):
+            rows = [row for r in group for row in r["knn"] if row["what"] == what]
+            return show([row["correct"] / row["n_test"] for row in rows]) if rows else ""
+
+        def probe(name, group=group):
+            rows = [r[name] for r in group if name in r]
+            return show([row["correct"]["top1"] / row["n_test"] for row in rows]) if rows else ""
+
+        data = f"{result['data']['name']}, {result['data']['n_train']:,} images"
+        minutes = statistics.median(r["machine"]["seconds"] for r in group) / 60
+        device = f"{result['machine']['device']}, {result['machine']['precision'].split('.')[-1]}"
+        cells = [result["method"], data, f"{config['arch']}, width {config['width']}"]
+        cells += [
+            config["epochs"],
+            len(group),
+            knn(result["method"]),
+            probe("probe"),
+            knn("pixels"),
+        ]
+        cells += [f"{knn('random')}, {probe('random_probe')}", f"{minutes:.1f}", device]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def replace_table(text, results):
+    """README text with the table between its markers rebuilt"""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+
+
+def published(folder=ROOT / "results"):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
+    parser.add_argument(
+        "--data", help="what to call the images: the folder's name means nothing here"
+    )
+    args = parser.parse_args()
+    if args.runs and not args.data:
+        parser.error("say with --data what the images are")
+    for run in args.runs:
+        result = collect(run, args.data)
+        (ROOT / "results" / f"{run.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    readme.write_text(replace_table(readme.read_text(), published()))
