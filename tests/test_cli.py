@@ -285,7 +285,7 @@ MOCO_REFUSES = {
     "--bn-splits 40 --image-size 4": "--bn-splits",  # one pixel of one image has no variance
     # more than there can be
     "--image-size 10000000": "memory",
-    "--queue-size 1000000000000": "memory",
+    "--queue-size 2000000000": "memory",
     "--width 10000000": "memory",
     "--dim 99999999999999999999999": "--dim",
     "--seed 99999999999999999999999": "--seed",

@@ -221,6 +221,15 @@ def test_logged_loss_is_the_mean_over_images_whatever_the_batch(problem, batch_s
     assert row["loss"] == pytest.approx(F.cross_entropy(logits, data.y_train).item(), abs=1e-5)
 
 
+def test_start_and_order_follow_from_the_seed_alone(problem):
+    """So an untrained encoder, which draws weights before, is probed in the same way."""
+    weights = []
+    for drawn_before in (0, 7):
+        torch.rand(drawn_before)
+        weights.append(linear_eval.probe(*problem, settings(epochs=1), fp32)[0].weight)
+    assert torch.equal(*weights)
+
+
 def test_report_is_of_the_last_epoch_not_of_the_best(probe, monkeypatch):
     real = linear_eval.learning_rate
     ruin = {0: 1.0, 1: 0.1, 2: -1e4}  # the last epoch climbs the loss instead

@@ -85,6 +85,13 @@ def test_info_nce_is_finite_at_small_temperatures(qkn):
     assert info_nce(*(x.float() for x in qkn), 0.005).isfinite()
 
 
+def test_info_nce_is_computed_in_float32_under_autocast(qkn):
+    q, k, queue = (x.float() for x in qkn)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(q, k, queue, 0.1)
+    close(loss, info_nce(q, k, queue, 0.1), 1e-6)
+
+
 # -- the queue
 
 
