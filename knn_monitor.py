@@ -96,8 +96,11 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
 def load_encoder(checkpoint, random=False):
     """The encoder of a checkpoint, or an untrained one of its shape: frozen, in eval mode."""
     encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
-    if not random:
-        encoder.load_state_dict(checkpoint["encoder"])
+    try:
+        encoder.load_state_dict(encoder.state_dict() if random else checkpoint["encoder"])
+    except RuntimeError:
+        shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
+        raise Halt(f"the weights in the checkpoint are not those of a {shape}") from None
     return encoder.requires_grad_(False).eval()
 
 
@@ -267,6 +270,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
+KEYS = set("method epoch epochs config data arch width dim encoder history source machine".split())
 
 
 class Halt(Exception):
@@ -438,9 +442,12 @@ def load_checkpoint(path):
         raise Halt(f"{path}: no such file") from None
     except Exception as error:  # a foreign file can raise anything
         raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if not whole:
+        raise Damaged(f"{path}: damaged, a checksum is wrong")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        what = f"not a checkpoint of format {FORMAT}" if whole else "damaged, a checksum is wrong"
-        raise Damaged(f"{path}: {what}")
+        raise Damaged(f"{path}: not a checkpoint of format {FORMAT}")
+    if missing := KEYS - checkpoint.keys():
+        raise Damaged(f"{path}: lacks {', '.join(sorted(missing))}")
     return checkpoint
 
 
@@ -603,7 +610,7 @@ def flag_of(name):
 
 
 POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
-SHARES = "crop_scale gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale jitter gray blur key_momentum sgd_momentum".split()
 
 
 def check_config(config):
@@ -620,8 +627,10 @@ def check_config(config):
                 wrong = f"{len(field.default)} numbers"
             elif name in POSITIVE and not min(values):
                 wrong = "more than 0"
-            elif name in SHARES and (max(values) > 1 or values[0] > values[-1]):
+            elif name in SHARES and max(values) > 1:
                 wrong = "from 0 to 1"
+            elif name == "crop_scale" and values[0] > values[1]:
+                wrong = "the smaller share and the larger"
             elif name == "batch_size" and value < 2:
                 wrong = "2 or more: an image is told from others"
         if wrong:

@@ -447,6 +447,7 @@ from torch import nn
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
+KEYS = set("method epoch epochs config data arch width dim encoder history source machine".split())
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
@@ -524,9 +525,8 @@ def augment(images, recipe):
     strength = torch.tensor(recipe.jitter, device=device) * chance(0.8)[:, 0]  # (N, 4)
     change = strength * (2 * torch.rand(n, 4, device=device) - 1)
     order = torch.rand(n, 3, device=device).argsort(1)
-    hue_turns = torch.randperm(n, device=device).chunk(
-        4
-    )  # dealt evenly: sizes known without a look
+    parts = torch.randperm(n, device=device).tensor_split(4)  # sizes are known without a look
+    hue_turns = [parts[i] for i in torch.randperm(4)]
     x = color_jitter(x, change + torch.tensor([1, 1, 1, 0], device=device), order, hue_turns)
     x = torch.where(chance(recipe.gray)[..., None], grayscale(x), x)
     if recipe.blur:
@@ -789,9 +789,12 @@ def load_checkpoint(path):
         raise Halt(f"{path}: no such file") from None
     except Exception as error:  # a foreign file can raise anything
         raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+    if not whole:
+        raise Damaged(f"{path}: damaged, a checksum is wrong")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        what = f"not a checkpoint of format {FORMAT}" if whole else "damaged, a checksum is wrong"
-        raise Damaged(f"{path}: {what}")
+        raise Damaged(f"{path}: not a checkpoint of format {FORMAT}")
+    if missing := KEYS - checkpoint.keys():
+        raise Damaged(f"{path}: lacks {', '.join(sorted(missing))}")
     return checkpoint
 
 

@@ -153,7 +153,8 @@ def test_crash_at_every_call_of_a_save(tmp_path, monkeypatch):  # R3
     for name in ("replace", "fsync"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
     monkeypatch.setattr(moco_cifar, "open", counted(open), raising=False)
-    state = {"format": moco_cifar.FORMAT, "value": torch.zeros(3)}
+    state = dict.fromkeys(moco_cifar.KEYS, {}) | {"format": moco_cifar.FORMAT}
+    state["value"] = torch.zeros(3)
     moco_cifar.save_checkpoint(path, state, previous)
     calls["n"] = 0
     moco_cifar.save_checkpoint(path, state | {"value": torch.ones(3)}, previous)
