@@ -37,7 +37,7 @@ METHODS := moco
 script_moco := moco_cifar.py
 
 # cifar-moco-200ep-seed0, and what is not the default: -<data>-<args>
-tag = $(shell printf '%s' '$(EPOCHS)ep-seed$(SEED)$(DATA:cifar10=) $(ARGS)' | tr -cs 'A-Za-z0-9._' '-' | sed 's/-*$$//')
+tag = $(shell printf '%s' '$(EPOCHS)ep-seed$(SEED) $(filter-out cifar10,$(DATA)) $(ARGS)' | tr -cs 'A-Za-z0-9._\200-\377' '-' | sed 's/-*$$//')
 
 ##@ Run
 .PHONY: help demo figures test check sync clean distclean $(METHODS:%=cifar-%)
@@ -55,7 +55,7 @@ $(METHODS:%=runs/cifar-%-$(tag)/pretrain.pt): | $(READY)
 	$(PYTHON) $(SCRIPT) --data '$(DATA)' --epochs $(EPOCHS) --seed $(SEED) --out $(@D) $(ARGS)
 
 # a small encoder and drawn shapes: minutes on a laptop
-DEMO := --data data/shapes.npz --arch resnet8 --width 16 --epochs 12 --batch-size 128 --bn-splits 1 \
+DEMO := --data data/shapes.npz --arch resnet8 --width 16 --epochs 16 --batch-size 128 --bn-splits 1 \
 	--lr 0.12 --queue-size 1024 --crop-scale 0.5,1 --knn-every 2
 
 demo: figures/demo-moco-seed$(SEED)/table.md  ## the whole chain on drawn shapes, no download, minutes on a CPU

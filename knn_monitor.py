@@ -98,7 +98,7 @@ def load_encoder(checkpoint, random=False):
     encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
     try:
         encoder.load_state_dict(encoder.state_dict() if random else checkpoint["encoder"])
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
         raise Halt(f"the weights in the checkpoint are not those of a {shape}") from None
     return encoder.requires_grad_(False).eval()
@@ -303,21 +303,23 @@ def load_data(config):
             arrays = dict(np.load(name, allow_pickle=False))
         for part in ("train", "test"):
             x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
+            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
                 raise ValueError(f"x_{part} is {x.dtype} {x.shape}, must be uint8 (N, H, W, 3)")
-            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0:
+            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0 or y.max() > 99999:
                 raise ValueError(f"y_{part} must be a whole number from 0 on for each image")
             x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
             if x.shape[2:] != (size, size):
                 x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
             parts[part] = x, torch.from_numpy(y.astype(np.int64))
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except Halt:
+        raise
+    except Exception as error:  # a foreign file can raise anything
         known = (
             f"{', '.join(BUILTIN)}, a folder with train/<class>/* and test/<class>/*, or an .npz"
         )
         raise Halt(f"--data {name}: {error or type(error).__name__} (takes {known})") from None
     n_classes = 1 + max(int(y.max()) for _, y in parts.values())
-    classes = [str(c) for c in arrays.get("classes", range(n_classes))]
+    classes = [str(c) for c in np.ravel(arrays.get("classes", range(n_classes)))]
     if len(classes) < n_classes:
         raise Halt(f"--data {name}: {len(classes)} names of classes, {n_classes} classes")
     (x, y), (x_test, y_test) = parts["train"], parts["test"]
@@ -346,7 +348,7 @@ def read_torchvision(name, root):
             arrays[f"x_{part}"] = data.data if cifar else data.data.transpose(0, 2, 3, 1)
             arrays[f"y_{part}"] = np.asarray(data.targets if cifar else data.labels)
             arrays["classes"] = getattr(data, "classes", range(10))
-    except (OSError, RuntimeError) as error:  # ModuleNotFoundError: svhn needs scipy
+    except Exception as error:  # of the network, of a file, or because svhn needs scipy
         if new and root.exists() and not any(root.iterdir()):
             root.rmdir()
         ways = f"go online once, put its archive into {root}/, or --data FOLDER or FILE.npz"
@@ -354,31 +356,50 @@ def read_torchvision(name, root):
     return arrays
 
 
+def list_images(folder):
+    """<folder>/<class>/* but for what is hidden -> class names, [(file, label), ...]"""
+    classes = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
+    )
+    kinds, samples = torchvision.datasets.folder.IMG_EXTENSIONS, []
+    for label, name in enumerate(classes):
+        files = [file for file in sorted((folder / name).iterdir()) if file.name[0] != "."]
+        files = [(file, label) for file in files if file.suffix.lower() in kinds]
+        if not files:
+            raise ValueError(f"there is no image in {folder / name}")
+        samples += files
+    return classes, samples
+
+
 def read_folder(path, root, size):
     """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
     test = path / "test" if (path / "test").is_dir() else path / "val"
-    parts = {"train": path / "train", "test": test}
-    parts = {part: torchvision.datasets.ImageFolder(folder) for part, folder in parts.items()}
-    if parts["train"].classes != parts["test"].classes:
-        raise ValueError(f"the classes in train/ and {test.name}/ differ")
-    files = [(file, os.stat(file)) for part in parts.values() for file, _ in part.samples]
-    key = repr([(file, stat.st_size, stat.st_mtime_ns) for file, stat in files])
+    classes, train = list_images(path / "train")
+    test_classes, test = list_images(test)
+    if not classes or classes != test_classes:
+        raise ValueError("train/ and test/ must have the same folders, one a class")
+    files = [(str(file), label, os.stat(file)) for file, label in train + test]
+    key = repr([(file, label, stat.st_size, stat.st_mtime_ns) for file, label, stat in files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
     cache = root / f"{path.resolve().name}-{size}px-{key}.npz"
     if not cache.exists():
-        arrays = {"classes": parts["train"].classes}
-        for part, folder in parts.items():
-            images = np.empty((len(folder), size, size, 3), np.uint8)
-            for i, (file, _) in enumerate(tqdm(folder.samples, part, disable=None)):
+        arrays = {"classes": classes}
+        for part, samples in (("train", train), ("test", test)):
+            images = np.empty((len(samples), size, size, 3), np.uint8)
+            for i, (file, _) in enumerate(tqdm(samples, f"{part} images", disable=None)):
                 try:
-                    images[i] = folder.loader(file).resize((size, size))
-                except (OSError, SyntaxError) as error:
+                    image = torchvision.datasets.folder.default_loader(file)
+                    images[i] = image.resize((size, size))
+                except Exception as error:  # a foreign file can raise anything
                     raise ValueError(f"{file} is not a readable image: {error}") from None
-            arrays |= {f"x_{part}": images, f"y_{part}": folder.targets}
+            arrays |= {f"x_{part}": images, f"y_{part}": [label for _, label in samples]}
         np.savez(buffer := io.BytesIO(), **arrays)
         root.mkdir(parents=True, exist_ok=True)
         write_atomic(cache, buffer.getbuffer())
-    return dict(np.load(cache))
+    try:
+        return dict(np.load(cache))
+    except Exception as error:
+        raise ValueError(f"the cache {cache} is damaged, remove it ({error})") from None
 
 
 def stratified(labels, n, flag):
@@ -527,7 +548,7 @@ def start_device(config):
         device = torch.device(name)
         if name == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
@@ -623,6 +644,8 @@ def check_config(config):
         elif field.type in (int, float, tuple):
             if not all(isinstance(v, int | float) and 0 <= v < math.inf for v in values):
                 wrong = "a number, and not negative"
+            elif field.type is int and value >= 2**31:
+                wrong = "less than 2^31"
             elif field.type is tuple and len(value) != len(field.default):
                 wrong = f"{len(field.default)} numbers"
             elif name in POSITIVE and not min(values):

@@ -32,7 +32,7 @@ EDITS = {  # script -> changes to Config, flags of a second cell, and what lies 
     "knn_monitor": ({**FINISHED_RUN, "k: int = 200": "k: int = 5"}, ["run", "--k", "4"], []),
     "plots": (
         {'("runs/moco",)': '("run",)'},
-        ["run", "--out", "more", "--data", "no.npz"],
+        ["run", "--out", "more"],
         ["more"],
     ),
 }

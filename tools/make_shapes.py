@@ -3,9 +3,9 @@
     python tools/make_shapes.py data/shapes.npz
 
 What tells these images apart must be the shape. MoCo separates *instances*, by whatever its
-augmentation leaves: with free colours or textured backgrounds it learns those, and no shapes. So every
-image is one light shape on a dark ground, both gray and of a random brightness that color jitter hides;
-place, size and rotation are random too, so that a class is nothing to be seen pixel by pixel.
+augmentation leaves: with free colours or textured backgrounds it learns those, and no shapes. So
+every image is one light shape on a dark ground, both gray and of a random brightness that color
+jitter hides; place, size and rotation are random, so that pixel by pixel a class is not to be seen.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def disc(x, y, radius=0.9):
 
 
 def polygon(*corners):
-    """Signed distance, negative inside: to the nearest edge; a ray crosses the outline how often?"""
+    """Signed distance, negative inside: nearest edge, and how often a ray crosses"""
 
     def distance(x, y):
         nearest, inside = np.full_like(x, np.inf), np.zeros(x.shape, bool)

@@ -4,8 +4,8 @@
     python tools/results.py                     # only rebuild the table in README.md
 
 A file holds the settings, the machine, hashes, every epoch, and accuracies as whole numbers of
-images: nothing in the table is typed by hand, and tests/test_results.py rebuilds it. Runs that differ
-only in their seed share a row, with mean and standard deviation.
+images: nothing in the table is typed by hand, and tests/test_results.py rebuilds it. Runs that
+differ only in their seed share a row, with mean and standard deviation.
 """
 
 import argparse
@@ -112,7 +112,8 @@ def replace_table(text, results):
 
 
 def published(folder=ROOT / "results"):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    files = sorted(folder.glob("*.json"))
+    return [result for file in files if "history" in (result := json.loads(file.read_text()))]
 
 
 if __name__ == "__main__":
