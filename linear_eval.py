@@ -266,7 +266,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
-KEYS = set("method epoch epochs config data arch width dim encoder history source machine".split())
+KEYS = set("method epoch epochs config data arch width dim encoder".split())
 
 
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
@@ -400,16 +400,17 @@ def list_images(folder):
         if not files:
             raise ValueError(f"there is no image in {folder / name}")
         samples += files
+    if not classes:
+        raise ValueError(f"there is no folder in {folder}, one a class")
     return classes, samples
 
 
 def read_folder(path, root, size):
     """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
-    test = path / "test" if (path / "test").is_dir() else path / "val"
-    classes, train = list_images(path / "train")
-    test_classes, test = list_images(test)
-    if not classes or classes != test_classes:
-        raise ValueError("train/ and test/ must have the same folders, one a class")
+    part = "test" if (path / "test").is_dir() else "val"
+    (classes, train), (test_classes, test) = list_images(path / "train"), list_images(path / part)
+    if classes != test_classes:
+        raise ValueError(f"the classes in train/ and {part}/ differ")
     files = [(str(file), label, os.stat(file)) for file, label in train + test]
     key = repr([(file, label, stat.st_size, stat.st_mtime_ns) for file, label, stat in files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
@@ -650,7 +651,10 @@ def measure(path, config):
     if len(data.about["classes"]) < 2:
         raise Halt(f"--data {config.data}: has only one class, there is nothing to tell apart")
     torch.manual_seed(config.seed)
-    encoder = load_encoder(saved, random).to(device, memory_format=torch.channels_last)
+    try:
+        encoder = load_encoder(saved, random).to(device, memory_format=torch.channels_last)
+    except Halt as halt:
+        raise Halt(f"{file}: {halt}") from None
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "linear.pt.tmp").touch()

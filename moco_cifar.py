@@ -226,7 +226,7 @@ class MoCo(nn.Module):
         super().__init__()
         group, rest = divmod(config.batch_size, config.bn_splits)
         if rest or group < 2 or config.bn_splits % process_count():
-            raise Halt("--batch-size must be 2 or more times --bn-splits, that one the processes'")
+            raise Halt("--batch-size must be a multiple of --bn-splits, twice it or more")
         self.config = config
         self.encoder_q, self.encoder_k = self.build(), self.build()
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
@@ -315,7 +315,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
-KEYS = set("method epoch epochs config data arch width dim encoder history source machine".split())
+KEYS = set("method epoch epochs config data arch width dim encoder".split())
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
@@ -491,16 +491,17 @@ def list_images(folder):
         if not files:
             raise ValueError(f"there is no image in {folder / name}")
         samples += files
+    if not classes:
+        raise ValueError(f"there is no folder in {folder}, one a class")
     return classes, samples
 
 
 def read_folder(path, root, size):
     """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
-    test = path / "test" if (path / "test").is_dir() else path / "val"
-    classes, train = list_images(path / "train")
-    test_classes, test = list_images(test)
-    if not classes or classes != test_classes:
-        raise ValueError("train/ and test/ must have the same folders, one a class")
+    part = "test" if (path / "test").is_dir() else "val"
+    (classes, train), (test_classes, test) = list_images(path / "train"), list_images(path / part)
+    if classes != test_classes:
+        raise ValueError(f"the classes in train/ and {part}/ differ")
     files = [(str(file), label, os.stat(file)) for file, label in train + test]
     key = repr([(file, label, stat.st_size, stat.st_mtime_ns) for file, label, stat in files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]

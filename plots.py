@@ -22,90 +22,28 @@ matplotlib Figure and need no display.
 
 # %%
 import dataclasses
+import functools
 import math
-import textwrap
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import MaxNLocator
 
 
 # %% Config: a flag --like-this is made from each field, and its comment is the help
 @dataclasses.dataclass
 class Config:
-    runs: tuple = ("runs/moco",)  # folders of runs, or checkpoints; several are compared
-    out: str = "figures"  # folder for the figures
-    table: str = (
-        ""  # Markdown file: what is between <!-- table --> and <!-- /table --> is rewritten
-    )
-    data: str = ""  # the images, named as for moco_cifar.py; default: as the checkpoint names them
+    runs: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
+    out: str = "figures"  # folder for the figures; of several runs each gets a folder in it
+    table: str = ""  # Markdown file, rewritten between <!-- table --> and <!-- /table -->
+    data: str = ""  # the images, named as for moco_cifar.py; "": as the checkpoint names them
     data_dir: str = "data"  # where downloads and caches are kept
     limit: int = 10000  # look for neighbours among so many training images; 0: all of the run's
     seed: int = 0  # of the choice of images, and of their views
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
 
 
-# %% What all figures share: colours that the colour-blind can tell apart (Okabe and Ito 2008), with
-# markers and dashes besides, for those who see none
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*", ">"]
-DASHES = ["-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
-GRAY = "0.4"  # of what is only there for comparison
-STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}
-STYLE |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"lines.markersize": 4, "pdf.fonttype": 42, "text.parse_math": False}
-TITLES = {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
-
-
-def new_figure(title, foot, width, height):
-    """-> a Figure of so many inches, with its title above, and below what it was made from"""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
-    figure.suptitle(wrap(title, 9.5 * width), x=0.01, ha="left", size=11, weight="bold")
-    figure.supxlabel(wrap(foot, 15 * width), x=0.01, ha="left", size=7.5, color=GRAY)
-    return figure
-
-
-def wrap(text, width):
-    """Lines of at most so many characters; what has no spaces is broken too, so nothing is clipped"""
-    return "\n".join(textwrap.wrap(str(text), int(width)))
-
-
-def draw_curve(axes, rows, key, label, i=0, scale=1):
-    """The values of a key against the epoch, in the i-th colour, dash and marker"""
-    points = [(row["epoch"], scale * row[key]) for row in rows if key in row]
-    every = math.ceil(len(points) / 20) or 1  # 200 markers would hide the line
-    how = dict(color=COLORS[i % 7], linestyle=DASHES[i % 5], marker=MARKERS[i % 10])
-    if points:
-        axes.plot(*zip(*points), label=label, markevery=((len(points) - 1) % every, every), **how)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
-    axes.grid(alpha=0.25)
-
-
-def draw_level(axes, value, label, i=None):
-    """A horizontal line for comparison: chance (dotted), or a baseline in the i-th colour"""
-    how = dict(color=GRAY, ls=":") if i is None else dict(color=COLORS[i], ls=(0, (6, 2)))
-    axes.axhline(value, label=label, linewidth=1.2, **how)
-
-
-def legend_above(axes, columns=3):
-    """A legend that cannot lie on a curve"""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.2)
-
-
-def draw_image(axes, image, above="", below="", frame=None):
-    """An image (3, H, W) uint8 without ticks; frame: a colour and a line style"""
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(above, pad=3, size=8)
-    axes.set_xlabel(below, labelpad=3, size=8)
-    for spine in axes.spines.values():
-        spine.set(visible=bool(frame), lw=2.5, color=frame and frame[0], ls=frame and frame[1])
+RECIPES = {}  # none
 
 
 # %% Pretraining
@@ -118,7 +56,7 @@ def draw_pretraining(run):
         size, views = run.config["queue_size"], 1 + run.config["symmetric"]
         text = f"chance: {'2 ' * (views - 1)}ln(1 + K), K = {size}"
         draw_level(loss, views * math.log(1 + size), text)
-    draw_curve(knn, run.history, "knn_top1", TITLES.get(run.method, run.method), 0, 100)
+    draw_curve(knn, run.history, "knn_top1", title_of(run), 0, 100)
     for i, (what, text) in enumerate((("random", "untrained encoder"), ("pixels", "raw pixels"))):
         if row := last_knn(run, what):
             draw_level(knn, 100 * row["top1"], text, i + 1)
@@ -136,43 +74,24 @@ def draw_pretraining(run):
 # %% The method as a diagram. Another method gets its own by an entry in DIAGRAMS
 def draw_moco(run, images=None):
     """MoCo's Figure 1 with this run's numbers; with images, one of them and two views of it"""
-    c = SimpleNamespace(**run.config)
+    c, (blue, red, green, purple) = SimpleNamespace(**run.config), COLORS[:4]
     keys, chance = c.batch_size * (1 + c.symmetric), math.log(1 + c.queue_size)
-    foot = (
-        f"{about(run)}. A key waits {c.queue_size / keys:.3g} steps in the queue (K / N) and there "
-        f"are {run.data['n_train'] // c.batch_size} steps in an epoch; encoder_k follows as an "
-        f"average over about the last {1 / (1 - c.key_momentum + 1e-9):.3g} steps, 1 / (1 - m)."
-    )
-    figure = new_figure(f"Momentum contrast, with the numbers of {run.name}", foot, 9, 5.6)
+    title = f"Momentum contrast, with the numbers of {run.name}"
+    figure = new_figure(title, about_queue(run, keys), 9, 5.6)
     axes = figure.subplots()
-    axes.set(xlim=(0, 12.2), ylim=(0, 6.4), aspect="equal")
-    axes.axis("off")
-
-    def box(x, y, width, height, text, color, ls="-"):
-        how = dict(boxstyle="round,pad=0,rounding_size=0.12", fc=color + "22", ec=color, lw=1.5)
-        axes.add_patch(FancyBboxPatch((x, y), width, height, ls=ls, **how))
-        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", size=8)
-
-    def arrow(start, end, text="", at=None, color="0.2", ls="-", bend=0):
-        how = dict(arrowstyle="-|>", color=color, ls=ls, lw=1.4, shrinkA=0, shrinkB=0)
-        how["connectionstyle"] = f"arc3,rad={bend}"
-        axes.annotate("", end, start, arrowprops=how)
-        if text:
-            axes.text(*at, text, ha="center", va="center", size=7.5, color=color)
-
-    blue, red, green, purple = COLORS[:4]
+    box, arrow = functools.partial(draw_box, axes), functools.partial(draw_arrow, axes)
     pictures = {}
     if images:
         x = images.data.x_train[:1]
         pictures = {"image": x[0], "im_q": view(x, c)[0], "im_k": view(x, c)[0]}
-    for name, left, bottom in (("image", 0.2, 2.5), ("im_q", 2.6, 4.3), ("im_k", 2.6, 0.7)):
+    for name, x, y in (("image", 0.2, 2.5), ("im_q", 2.6, 4.3), ("im_k", 2.6, 0.7)):
         if name in pictures:
-            where = (left, left + 1.4, bottom, bottom + 1.4)
-            axes.imshow(pictures[name].permute(1, 2, 0).numpy(), extent=where)
-            axes.text(left + 0.7, bottom - 0.2, name, ha="center", va="center", size=8)
+            axes.imshow(pictures[name].permute(1, 2, 0).numpy(), extent=(x, x + 1.4, y, y + 1.4))
+            axes.text(x + 0.7, y - 0.2, name, ha="center", va="center", size=8)
         else:
-            box(left, bottom, 1.4, 1.4, f"{name}\n3 x {c.image_size} x {c.image_size}", "#000000")
-    axes.set(xlim=(0, 12.2), ylim=(0, 6.4))  # imshow has moved them
+            box(x, y, 1.4, 1.4, f"{name}\n3 x {c.image_size} x {c.image_size}", "#000000")
+    axes.set(xlim=(0, 12.2), ylim=(0, 6.4), aspect="equal")
+    axes.axis("off")
     arrow((1.7, 3.6), (2.5, 4.7), "augment", (1.75, 4.5))
     arrow((1.7, 2.8), (2.5, 1.7), "augment", (1.75, 1.9))
     net = f"{c.arch}, width {c.width}\n{c.head} head to C = {c.dim}"
@@ -186,8 +105,7 @@ def draw_moco(run, images=None):
         arrow((4.05, y), (4.65, y))
         arrow((7.05, y), (7.75, y))
     for i in range(6):  # the queue, newest keys on the left
-        axes.add_patch(FancyBboxPatch((10 + 0.3 * i, 0.7), 0.3, 1.4, boxstyle="square,pad=0"))
-        axes.patches[-1].set(fc=green + f"{80 - 10 * i}", ec=green)
+        box(10 + 0.3 * i, 0.7, 0.3, 1.4, "", green, fill=f"{80 - 10 * i}", rounding=0)
     axes.text(10.9, 0.42, f"queue: K = {c.queue_size} keys", ha="center", va="center", size=8)
     arrow((8.95, 1.4), (9.95, 1.4), f"{keys} in,\noldest out", (9.45, 0.95))
     text = f"InfoNCE, T = {c.temperature:g}\nwhich of 1 + K is mine?\nchance: {chance:.2f}"
@@ -216,13 +134,8 @@ def draw_pairs(run, images, rows=4, negatives=4, n=256):
     im_q, im_k = view(some, recipe), view(some, recipe)
     q, k = (F.normalize(images.encode(x), dim=1) for x in (im_q, im_k))  # (n, D)
     cosine = q @ k.T  # (n, n), positive pairs on the diagonal
-    foot = (
-        f"{about(run)}. Cosine similarities of the backbone's features (the projection head is not "
-        f"kept), eval mode, {len(some)} random training images. Crop {recipe.crop_scale[0]:g} to "
-        f"{recipe.crop_scale[1]:g} of the area, flip 0.5, jitter {', '.join(map(str, recipe.jitter))}"
-        f" with 0.8, gray {recipe.gray:g}, blur {recipe.blur:g}."
-    )
-    figure = new_figure(f"Positive and negative pairs: {run.name}", foot, 8, 1.25 * rows + 3)
+    title = f"Positive and negative pairs: {run.name}"
+    figure = new_figure(title, about_pairs(run, len(some)), 8, 1.25 * rows + 3)
     grid = figure.add_gridspec(rows + 2, 3 + negatives)
     for i in range(rows):
         draw_image(figure.add_subplot(grid[i, 0]), some[i], "" if i else "image")
@@ -254,30 +167,23 @@ def pca(features):
 
 
 def draw_map(run, images, n=2000, most=10):
-    """Test images in two dimensions, in the features of the trained encoder and of an untrained one"""
+    """Test images in two dimensions: in the features of an untrained encoder, and of this one"""
     chosen = torch.randperm(len(images.data.x_test))[:n]
     x, y, classes = images.data.x_test[chosen], images.data.y_test[chosen], run.data["classes"]
-    named = torch.randperm(len(classes))[:most].sort().values.tolist()
-    foot = (
-        f"{about(run)}. Principal components of the unit-length backbone features of {len(x)} "
-        f"random {run.which}s, each encoder with its own."
-    )
-    if len(classes) > most:
-        foot += f" {most} of {len(classes)} classes, chosen at random; the others in gray."
-    figure = new_figure(f"Feature map: {run.name}", foot, 9, 5)
-    titles = "untrained encoder", f"{TITLES.get(run.method, run.method)}, epoch {run.epoch}"
-    for axes, title, encode in zip(
-        figure.subplots(1, 2), titles, (images.encode_untrained, images.encode)
-    ):
-        points, shares = pca(F.normalize(encode(x), dim=1))
-        rest = ~torch.isin(y, torch.tensor(named))
-        axes.scatter(*points[rest].T, s=4, color="0.8", linewidths=0)
+    named = torch.randperm(len(classes))[:most].sort().values  # as many as have a marker
+    figure = new_figure(f"Feature map: {run.name}", about_map(run, len(x), len(named)), 9, 5)
+    before, after = figure.subplots(1, 2)
+    before.set_title("untrained encoder")
+    after.set_title(f"{title_of(run)}, epoch {run.epoch}")
+    for axes, encode in ((before, images.encode_untrained), (after, images.encode)):
+        points, shares = pca(F.normalize(encode(x), dim=1))  # (N, 2), (2,)
+        axes.scatter(*points[~torch.isin(y, named)].T, s=4, color="0.8", linewidths=0)
         for i, label in enumerate(named):
             how = dict(marker=MARKERS[i], color=COLORS[i % 7], alpha=0.6, linewidths=0, s=13)
             axes.scatter(*points[y == label].T, label=wrap(classes[label], 20), **how)
-        for set_label, i in ((axes.set_xlabel, 0), (axes.set_ylabel, 1)):
-            set_label(f"component {i + 1} ({100 * shares[i]:.1f} % of the variance)")
-        axes.set(title=title, xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel(f"component 1 ({100 * shares[0]:.1f} % of the variance)")
+        axes.set_ylabel(f"component 2 ({100 * shares[1]:.1f} % of the variance)")
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside right center", markerscale=1.8)
     for handle in legend.legend_handles:
@@ -286,7 +192,7 @@ def draw_map(run, images, n=2000, most=10):
 
 
 def nearest(features, bank, k):
-    """The k rows of the bank most similar to each of features (N, D), by cosine -> values, indices"""
+    """The k rows of the bank most similar to each of features (N, D), by cosine: values, indices"""
     return (F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T).topk(k, dim=1)
 
 
@@ -298,11 +204,7 @@ def draw_neighbours(run, images, rows=6, k=5):
     k = min(k, len(bank))
     values, found = nearest(images.encode(data.x_test[chosen]), images.encode(bank), k)
     right = labels[found] == data.y_test[chosen, None]  # (rows, k)
-    foot = (
-        f"{about(run)}. Left: random {run.which}s; right: the nearest of {len(bank)} training "
-        f"images by cosine similarity of the backbone's features. {int(right.sum())} of "
-        f"{right.numel()} are of the same class (solid frame, \u2713), the others not (dashed, \u2717)."
-    )
+    foot = about_neighbours(run, len(bank), right)
     figure = new_figure(f"Nearest neighbours: {run.name}", foot, 7.5, 1.35 * len(chosen) + 1)
     panels = figure.subplots(len(chosen), 1 + k, squeeze=False)
     for i, test in enumerate(chosen):
@@ -315,49 +217,31 @@ def draw_neighbours(run, images, rows=6, k=5):
 
 
 # %% The probe
-REPORT = [
-    "first course report (CIFAR-10, ResNet-18)",
-    "67.3899",
-    "0.4099",
-    "0.8740",
-]  # its Figure 6
+REPORT = "first course report (CIFAR-10, ResNet-18)", "67.3899", "0.4099", "0.8740"  # its Figure 6
 
 
 def draw_probe(run):
     """Top-1, top-5 and loss against the epoch (the first report's Figures 3-5), and its Figure 6"""
-    classes, probes = len(run.data["classes"]), [(title_of(run), run.probe)]
-    if run.untrained:
-        probes.append(("untrained encoder", run.untrained))
+    probes = {title_of(run): run.probe} | (
+        {"untrained encoder": run.untrained} if run.untrained else {}
+    )
     figure = new_figure(f"Linear evaluation: {run.name}", about_probe(run), 9, 5.2)
-    panels = figure.subplot_mosaic(
-        [["top1", "top5", "test_loss"], ["table"] * 3], height_ratios=[3, 1]
-    )
-    cells = []
-    for i, (name, probe) in enumerate(probes):
-        for key in ("top1", "top5", "test_loss"):
-            draw_curve(
-                panels[key], probe["history"], key, wrap(name, 40), i, 1 if "loss" in key else 100
-            )
-        draw_curve(
-            panels["test_loss"], probe["history"], "loss", wrap(f"{name}, training", 40), i + 3
-        )
+    places = [["top1", "top5", "test_loss"], ["table"] * 3]
+    panels, rows = figure.subplot_mosaic(places, height_ratios=[3, 1]), []
+    for i, (name, probe) in enumerate(probes.items()):
+        for key, scale in (("top1", 100), ("top5", 100), ("test_loss", 1)):
+            draw_curve(panels[key], probe["history"], key, wrap(name, 40), i, scale)
+        text = wrap(f"{name}, training", 40)
+        draw_curve(panels["test_loss"], probe["history"], "loss", text, i + 3)
         final = [probe["result"].get(key) for key in ("test_loss", "top1", "top5")]
-        cells.append([name, *(f"{v:.4f}" if v is not None else "" for v in final)])
-    for k, key in ((1, "top1"), (5, "top5")):
-        draw_level(panels[key], 100 * min(1, k / classes), "chance")
-        panels[key].set_ylabel(f"{run.which} top-{k} (%)")
+        rows.append([name, *("" if value is None else f"{value:.4f}" for value in final)])
+    for k in (1, 5):
+        draw_level(panels[f"top{k}"], 100 * min(1, k / len(run.data["classes"])), "chance")
+        panels[f"top{k}"].set_ylabel(f"{run.which} top-{k} (%)")
     panels["test_loss"].set_ylabel("loss (nats)")
-    for key in ("top1", "top5", "test_loss"):
+    for key in places[0]:
         legend_above(panels[key], 1)
-    panels["table"].axis("off")
-    head = ["final values", "loss", "top-1", "top-5"]
-    rows = [[wrap(row[0], 60), *row[1:]] for row in [*cells, REPORT]]
-    how = dict(
-        cellLoc="left", loc="upper left", colWidths=[0.55, 0.15, 0.15, 0.15], edges="horizontal"
-    )
-    table = panels["table"].table([head, *rows], **how)
-    for (i, _), cell in table.get_celld().items():
-        cell.set(edgecolor="0.8")
+    draw_table(panels["table"], ["final values", "loss", "top-1", "top-5"], [*rows, REPORT])
     return figure
 
 
@@ -365,18 +249,18 @@ def draw_classes(run, most=25):
     """Accuracy of each class, the best known first; 100 classes take several columns"""
     parts = math.ceil(len(run.data["classes"]) / most)
     accuracy = torch.tensor(run.probe["result"]["per_class"])
-    untrained = run.untrained and run.untrained["result"]["per_class"]
+    untrained = run.untrained and torch.tensor(run.untrained["result"]["per_class"])
     order = accuracy.argsort(descending=True, stable=True).chunk(parts)
-    figure = new_figure(f"Accuracy of each class: {run.name}", about_probe(run), 7, 1)
-    figure.set_size_inches(max(7, 3 * parts), 1.6 + 0.22 * len(order[0]))
+    size = max(7, 3 * parts), 1.6 + 0.22 * len(order[0])
+    figure = new_figure(f"Accuracy of each class: {run.name}", about_probe(run), *size)
     for axes, some in zip(figure.subplots(1, parts, squeeze=False)[0], order):
-        names = [wrap(run.data["classes"][i], 24) for i in some]
-        bars = axes.barh(range(len(some)), 100 * accuracy[some], color=COLORS[0], alpha=0.75)
+        places = range(len(some))
+        bars = axes.barh(places, 100 * accuracy[some], color=COLORS[0], alpha=0.75)
         axes.bar_label(bars, fmt="%.1f", padding=7, size=7)
-        if untrained:
-            values = [100 * untrained[i] for i in some]
-            axes.plot(values, range(len(some)), "D", color=COLORS[1], label="untrained encoder")
-        axes.set_yticks(range(len(some)), names)
+        if untrained is not None:
+            how = dict(color=COLORS[1], label="untrained encoder")
+            axes.plot(100 * untrained[some], places, "D", **how)
+        axes.set_yticks(places, [wrap(run.data["classes"][i], 24) for i in some])
         axes.set(xlim=(0, 112), ylim=(len(some) - 0.4, -0.6), xlabel="top-1 (%)")
     legend_above(figure.axes[0])
     return figure
@@ -389,9 +273,8 @@ def draw_comparison(runs):
     foot += " Losses of different methods, temperatures or queues do not compare."
     figure = new_figure("Comparison of runs", foot, 9, 5 + 0.45 * len(runs))
     bars = [["bars"] * 2] if any(run.probe for run in runs) else []
-    panels = figure.subplot_mosaic(
-        [["loss", "knn"], *bars], height_ratios=[3, *[0.4 * len(runs)] * len(bars)]
-    )
+    heights = [3, 0.4 * len(runs)][: 1 + len(bars)]
+    panels = figure.subplot_mosaic([["loss", "knn"], *bars], height_ratios=heights)
     for i, run in enumerate(runs):
         draw_curve(panels["loss"], run.history, "loss", run.name, i)
         draw_curve(panels["knn"], run.history, "knn_top1", run.name, i, 100)
@@ -409,33 +292,17 @@ def draw_comparison(runs):
     return figure
 
 
-def draw_all(run, images):
-    """-> {name: what draws it}, of all the figures for which this run has what they need"""
-    figures = {}
-    if run.history:
-        figures["pretraining"] = lambda: draw_pretraining(run)
-    if run.method in DIAGRAMS:
-        figures["diagram"] = lambda: DIAGRAMS[run.method](run, images)
-    if images and "crop_scale" in run.config:
-        figures["pairs"] = lambda: draw_pairs(run, images)
-    if images:
-        figures["map"] = lambda: draw_map(run, images)
-        figures["neighbours"] = lambda: draw_neighbours(run, images)
-    if run.probe:
-        figures["probe"] = lambda: draw_probe(run)
-        figures["classes"] = lambda: draw_classes(run)
-    return figures
-
-
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
-import functools
 import hashlib
+import inspect
 import io
 import json
 import os
 import re
 import sys
+import textwrap
+import typing
 import zipfile
 from pathlib import Path
 
@@ -443,12 +310,14 @@ import matplotlib
 import numpy as np
 import torch.distributed as dist
 import torchvision
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
-KEYS = set("method epoch epochs config data arch width dim encoder history source machine".split())
-SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
+KEYS = set("method epoch epochs config data arch width dim encoder".split())
 
 
 class Halt(Exception):
@@ -498,12 +367,139 @@ def about_probe(run):
     )
 
 
+def about_queue(run, keys):
+    """How long a key waits, and how slowly the key encoder moves; keys: new ones in a step"""
+    c = SimpleNamespace(**run.config)
+    return (
+        f"{about(run)}. A key waits {c.queue_size / keys:.3g} steps in the queue (K / N) and there "
+        f"are {run.data['n_train'] // c.batch_size} steps in an epoch; encoder_k follows as an "
+        f"average over about the last {1 / (1 - c.key_momentum + 1e-9):.3g} steps, 1 / (1 - m)."
+    )
+
+
+def about_pairs(run, n):
+    """How the views of n images were made and compared"""
+    c = SimpleNamespace(**run.config)
+    return (
+        f"{about(run)}. Cosine similarities of the backbone's features (the projection head is not "
+        f"kept), eval mode, {n} random training images. Crop {c.crop_scale[0]:g} to "
+        f"{c.crop_scale[1]:g} of the area, flip 0.5, jitter {', '.join(map(str, c.jitter))} "
+        f"with 0.8, gray {c.gray:g}, blur {c.blur:g}."
+    )
+
+
+def about_map(run, n, named):
+    """Of what the map shows the principal components; named: classes that have a colour"""
+    text = (
+        f"{about(run)}. Principal components of the unit-length backbone features of {n} "
+        f"random {run.which}s, each encoder with its own."
+    )
+    classes = len(run.data["classes"])
+    more = f" {named} of {classes} classes, chosen at random; the others in gray."
+    return text + more * (named < classes)
+
+
+def about_neighbours(run, n, right):
+    """Among how many images the neighbours are, and how many are right (rows, k)"""
+    return (
+        f"{about(run)}. Left: random {run.which}s; right: the nearest of {n} training "
+        f"images by cosine similarity of the backbone's features. {int(right.sum())} of "
+        f"{right.numel()} are of the same class (solid frame, \u2713), the others not (dashed, "
+        f"\u2717)."
+    )
+
+
 def last_knn(run, what):
     """The last k-NN accuracy that knn_monitor.py measured of this: its row, or None"""
     rows = [row for row in run.knn if row.get("what") == what and row.get("features") != "head"]
     if what == run.method:
         rows = [row for row in rows if row.get("epoch") == run.epoch]
     return rows[-1] if rows and "top1" in rows[-1] else None
+
+
+# %% Drawing helpers. Colours that the colour-blind can tell apart (Okabe and Ito 2008), with
+# markers and dashes besides, for those who see none
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*", ">"]
+DASHES = ["-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+GRAY = "0.4"  # of what is only there for comparison
+STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}
+STYLE |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"lines.markersize": 4, "pdf.fonttype": 42, "text.parse_math": False}
+TITLES = {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
+
+
+def new_figure(title, foot, width, height):
+    """-> a Figure of so many inches, with its title above, and below what it was made from"""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
+    figure.suptitle(wrap(title, 9.5 * width), x=0.01, ha="left", size=11, weight="bold")
+    figure.supxlabel(wrap(foot, 15 * width), x=0.01, ha="left", size=7.5, color=GRAY)
+    return figure
+
+
+def wrap(text, width):
+    """Lines of at most so many characters; a longer word is broken too, so that none is clipped"""
+    return "\n".join(textwrap.wrap(str(text), int(width)))
+
+
+def draw_curve(axes, rows, key, label, i=0, scale=1):
+    """The values of a key against the epoch, in the i-th colour, dash and marker"""
+    points = [(row["epoch"], scale * row[key]) for row in rows if key in row]
+    every = math.ceil(len(points) / 20) or 1  # 200 markers would hide the line
+    how = dict(color=COLORS[i % 7], linestyle=DASHES[i % 5], marker=MARKERS[i % 10])
+    if points:
+        axes.plot(*zip(*points), label=label, markevery=((len(points) - 1) % every, every), **how)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.25)
+
+
+def draw_level(axes, value, label, i=None):
+    """A horizontal line for comparison: chance (dotted), or a baseline in the i-th colour"""
+    how = dict(color=GRAY, ls=":") if i is None else dict(color=COLORS[i], ls=(0, (6, 2)))
+    axes.axhline(value, label=label, linewidth=1.2, **how)
+
+
+def legend_above(axes, columns=3):
+    """A legend that cannot lie on a curve"""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, borderaxespad=0.2)
+
+
+def draw_image(axes, image, above="", below="", frame=None):
+    """An image (3, H, W) uint8 without ticks; frame: a colour and a line style"""
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(above, pad=3, size=8)
+    axes.set_xlabel(below, labelpad=3, size=8)
+    for spine in axes.spines.values():
+        spine.set(visible=bool(frame), lw=2.5, color=frame and frame[0], ls=frame and frame[1])
+
+
+def draw_box(axes, x, y, width, height, text, color, ls="-", fill="22", rounding=0.12):
+    """A box with its text in the middle; fill: the opacity of its colour, two hexadecimal digits"""
+    shape = f"round,pad=0,rounding_size={rounding}" if rounding else "square,pad=0"
+    how = dict(boxstyle=shape, fc=color + fill, ec=color, lw=1.5 if rounding else 1, ls=ls)
+    axes.add_patch(FancyBboxPatch((x, y), width, height, **how))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", size=8)
+
+
+def draw_arrow(axes, start, end, text="", at=None, color="0.2", ls="-", bend=0):
+    """An arrow, bent by a share of its length, and its text at a place"""
+    how = dict(arrowstyle="-|>", color=color, ls=ls, lw=1.4, shrinkA=0, shrinkB=0)
+    axes.annotate("", end, start, arrowprops=how | {"connectionstyle": f"arc3,rad={bend}"})
+    if text:
+        axes.text(*at, text, ha="center", va="center", size=7.5, color=color)
+
+
+def draw_table(axes, head, rows):
+    """A table in the place of a plot, its first column wide"""
+    axes.axis("off")
+    how = dict(cellLoc="left", loc="upper left", colWidths=[0.55, *[0.15] * (len(head) - 1)])
+    rows = [head, *([wrap(row[0], 60), *row[1:]] for row in rows)]
+    for cell in axes.table(rows, edges="horizontal", **how).get_celld().values():
+        cell.set(edgecolor="0.8")
 
 
 # %% Images, encoder and features: as in moco_cifar.py
@@ -729,16 +725,17 @@ def list_images(folder):
         if not files:
             raise ValueError(f"there is no image in {folder / name}")
         samples += files
+    if not classes:
+        raise ValueError(f"there is no folder in {folder}, one a class")
     return classes, samples
 
 
 def read_folder(path, root, size):
     """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
-    test = path / "test" if (path / "test").is_dir() else path / "val"
-    classes, train = list_images(path / "train")
-    test_classes, test = list_images(test)
-    if not classes or classes != test_classes:
-        raise ValueError("train/ and test/ must have the same folders, one a class")
+    part = "test" if (path / "test").is_dir() else "val"
+    (classes, train), (test_classes, test) = list_images(path / "train"), list_images(path / part)
+    if classes != test_classes:
+        raise ValueError(f"the classes in train/ and {part}/ differ")
     files = [(str(file), label, os.stat(file)) for file, label in train + test]
     key = repr([(file, label, stat.st_size, stat.st_mtime_ns) for file, label, stat in files])
     key = hashlib.sha256(key.encode()).hexdigest()[:12]
@@ -914,7 +911,7 @@ def finite_rows(rows, where):
 
 
 def read_rows(path):
-    """The objects in a .jsonl file; a line that is none, as after a crash, is skipped with a note."""
+    """The objects in a .jsonl file; one that is none, as after a crash, is skipped with a note"""
     rows = []
     try:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -1038,13 +1035,15 @@ def save_figure(figure, path):
     """As path.png and path.pdf; in a notebook it is shown as well."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        figure.draw_without_rendering()  # places everything; once is enough for both files
+        figure.set_layout_engine("none")
         for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
             how = dict(format=kind, metadata=metadata, dpi=160, bbox_inches="tight")
             figure.savefig(buffer := io.BytesIO(), **how)
             write_atomic(path.with_name(f"{path.name}.{kind}"), buffer.getbuffer())
     except OSError as error:
         raise Halt(f"--out {path.parent}: {error.strerror}") from None
-    if in_notebook():
+    if sys.argv[0].endswith("kernel_launcher.py"):
         png = buffer.getvalue()
         display(SimpleNamespace(_repr_png_=lambda: png))  # noqa: F821
 
@@ -1055,40 +1054,101 @@ class Parser(argparse.ArgumentParser):
         raise Halt(f"{message} (--help shows the flags)")
 
 
+def parse_config(argv=None):
+    """Config from the command line; in a notebook, which has none, Config as it stands."""
+    if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
+        return check_config(Config())
+    form = argparse.RawDescriptionHelpFormatter
+    parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    if RECIPES:
+        parser.add_argument(
+            "--recipe", choices=RECIPES, default=[*RECIPES][0], help="values to start from"
+        )
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    try:
+        source = inspect.getsource(Config)
+    except (OSError, TypeError):  # pasted into a notebook
+        source = "".join(f"    {name}:  # \n" for name in fields)
+    for title, name, text in re.findall(
+        r"^    (?:# -- (.*)|(\w+):.*  # (.*))$", source, re.MULTILINE
+    ):
+        if title:
+            group = parser.add_argument_group(title)
+            continue
+        field = fields[name]
+        if field.type is list:
+            parser.add_argument(name, nargs="*", default=field.default_factory(), help=text)
+            continue
+        how = {"type": field.type, "metavar": field.type.__name__[:1].upper()}
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif field.type is tuple:
+            how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
+        elif choices := typing.get_args(field.type):
+            how = {"choices": choices}
+        text = f"{text} [{field.default}]".replace("%", "%%")
+        group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
+    flags = vars(parser.parse_args(argv))
+    return check_config(Config(**RECIPES.get(flags.pop("recipe", None), {}) | flags))
+
+
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-def in_notebook():
-    return sys.argv[0].endswith("kernel_launcher.py")
+POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
+SHARES = "crop_scale jitter gray blur key_momentum sgd_momentum".split()
 
 
-def parse_flags(argv=None):
-    """Config from the command line; in a notebook, which has none, Config as it stands."""
-    config = Config()
-    if argv is not None or not in_notebook():
-        form = argparse.RawDescriptionHelpFormatter
-        parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
-        helps = dict(re.findall(r"^    (\w+): \w+ = .*  # (.*)$", SOURCE, re.MULTILINE))
-        for field in dataclasses.fields(Config):
-            text, default = helps.get(field.name, ""), field.default
-            if field.name == "runs":
-                parser.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=text)
-                continue
-            text = text if default == "" else f"{text} [{default}]"
-            how = dict(type=field.type, metavar=field.type.__name__[:1].upper(), help=text)
-            parser.add_argument(flag_of(field.name), default=default, **how)
-        config = Config(**vars(parser.parse_args(argv)))
-    runs = [config.runs] if isinstance(config.runs, str) else config.runs
-    config.runs = tuple({os.path.realpath(run): run for run in runs}.values())
-    if config.limit < 0 or not config.runs:
-        raise Halt(f"--limit {config.limit}: must not be negative" if config.runs else "no runs")
+def check_config(config):
+    """Halt if a value cannot work."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        values, wrong = value if field.type is tuple else [value], None
+        if choices := typing.get_args(field.type):
+            wrong = value not in choices and f"one of {', '.join(choices)}"
+        elif field.type in (int, float, tuple):
+            if not all(isinstance(v, int | float) and 0 <= v < math.inf for v in values):
+                wrong = "a number, and not negative"
+            elif field.type is int and value >= 2**31:
+                wrong = "less than 2^31"
+            elif field.type is tuple and len(value) != len(field.default):
+                wrong = f"{len(field.default)} numbers"
+            elif name in POSITIVE and not min(values):
+                wrong = "more than 0"
+            elif name in SHARES and max(values) > 1:
+                wrong = "from 0 to 1"
+            elif name == "crop_scale" and values[0] > values[1]:
+                wrong = "the smaller share and the larger"
+            elif name == "batch_size" and value < 2:
+                wrong = "2 or more: an image is told from others"
+        if wrong:
+            raise Halt(f"{flag_of(name)} {value}: must be {wrong}")
     return config
+
+
+def draw_all(run, images):
+    """-> {name: what draws it}, of all the figures for which this run has what they need"""
+    figures = {}
+    if run.history:
+        figures["pretraining"] = lambda: draw_pretraining(run)
+    if run.method in DIAGRAMS:
+        figures["diagram"] = lambda: DIAGRAMS[run.method](run, images)
+    if images and "crop_scale" in run.config:
+        figures["pairs"] = lambda: draw_pairs(run, images)
+    if images:
+        figures["map"] = lambda: draw_map(run, images)
+        figures["neighbours"] = lambda: draw_neighbours(run, images)
+    if run.probe:
+        figures["probe"] = lambda: draw_probe(run)
+        figures["classes"] = lambda: draw_classes(run)
+    return figures
 
 
 def draw(config):
     """All figures and tables"""
-    runs, written, loaded = [read_run(path) for path in config.runs], {}, {}
+    paths = {os.path.realpath(path): path for path in config.runs}.values()  # each one once
+    runs, written, loaded = [read_run(path) for path in paths], {}, {}
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = str(run.path)
@@ -1120,7 +1180,10 @@ def main(argv=None):
     """Draw as the command line says -> exit code"""
     try:
         with matplotlib.rc_context(STYLE):
-            draw(parse_flags(argv))
+            config = parse_config(argv)
+            if not config.runs:
+                raise Halt("name at least one run folder or checkpoint, for example runs/moco")
+            draw(config)
     except Halt as halt:
         print(f"error: {halt}", file=sys.stderr)
         return halt.code
