@@ -40,7 +40,7 @@ script_moco := moco_cifar.py
 tag = $(shell printf '%s' '$(EPOCHS)ep-seed$(SEED) $(filter-out cifar10,$(DATA)) $(ARGS)' | tr -cs 'A-Za-z0-9._\200-\377' '-' | sed 's/-*$$//')
 
 ##@ Run
-.PHONY: help demo figures test check sync clean distclean $(METHODS:%=cifar-%)
+.PHONY: help demo figures test test-long check sync clean distclean $(METHODS:%=cifar-%)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ figures: $(patsubst runs/%/pretrain.pt,figures/%/table.md,$(wildcard runs/*/pret
 ##@ Work on it
 test: | $(DEV_READY)  ## the test suite
 	$(PYTHON) -m pytest -q
+
+test-long: | $(DEV_READY)  ## with many more kills and damaged files
+	LONG_TESTS=1 $(PYTHON) -m pytest -q
 
 check: | $(DEV_READY)  ## what must hold before a commit: lint, equal copies, tests
 	$(PYTHON) -m ruff check .

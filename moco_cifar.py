@@ -57,7 +57,7 @@ class Config:
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8"] = "resnet18"  # the backbone
     width: int = 64  # channels of its first stage
     head: Literal["linear", "mlp"] = "linear"  # v1: one layer; v2: a hidden layer with ReLU
-    head_hidden: int = 2048  # units of that hidden layer (MoCo v2, sec. 2)
+    head_hidden: int = 2048  # units of that hidden layer (MoCo v2, sec. 3)
     dim: int = 128  # C, the size of queries and keys
     # -- method
     queue_size: int = 4096  # K, the number of negative keys; need not be a multiple of the batch
@@ -188,9 +188,7 @@ def info_nce(q, k, queue, temperature):
     with torch.autocast(q.device.type, enabled=False):  # bf16 is too coarse for a softmax
         l_pos = (q * k).sum(1, keepdim=True)  # (N, 1)
         l_neg = q @ queue.T  # (N, K)
-        logits = (
-            torch.cat([l_pos, l_neg], dim=1) / temperature
-        )  # (N, 1+K), the positive is column 0
+        logits = torch.cat([l_pos, l_neg], dim=1) / temperature  # (N, 1+K), column 0 is right
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
@@ -226,7 +224,9 @@ class MoCo(nn.Module):
         super().__init__()
         group, rest = divmod(config.batch_size, config.bn_splits)
         if rest or group < 2 or config.bn_splits % process_count():
-            raise Halt("--batch-size must be a multiple of --bn-splits, twice it or more")
+            raise Halt(
+                "--batch-size must be a multiple of --bn-splits, twice it or more; that one, of the processes"
+            )
         self.config = config
         self.encoder_q, self.encoder_k = self.build(), self.build()
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
