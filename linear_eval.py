@@ -123,8 +123,8 @@ def extract_features(encoder, images, config, autocast, batch=1000):
 
 def normalise(x, config):
     """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (config.mean, config.std))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    channels = zip(x.unbind(1), config.mean, config.std)
+    return torch.stack([(c - mean) / std for c, mean, std in channels], dim=3).permute(0, 3, 1, 2)
 
 
 def crop_and_flip(images, config):

@@ -518,12 +518,14 @@ def augment(images, recipe):
     rows, columns = interpolation(top, height, size, never), interpolation(left, width, size, flip)
     x = separable(images / 255, rows, columns)
 
-    strength = torch.tensor(recipe.jitter, device=device) * chance(0.8)[:, 0]  # (N, 4)
-    change = strength * (2 * torch.rand(n, 4, device=device) - 1)
+    # nothing here looks at a value or copies from the host, so that a GPU never has to wait
+    change = [torch.empty(n, device=device).uniform_(-most, most) for most in recipe.jitter]
+    change = torch.stack(change, dim=1) * chance(0.8)[:, 0]  # (N, 4)
+    change[:, :3] += 1  # factors of brightness, contrast, saturation; the hue is a shift
     order = torch.rand(n, 3, device=device).argsort(1)
-    parts = torch.randperm(n, device=device).tensor_split(4)  # sizes are known without a look
+    parts = torch.randperm(n, device=device).tensor_split(4)
     hue_turns = [parts[i] for i in torch.randperm(4)]
-    x = color_jitter(x, change + torch.tensor([1, 1, 1, 0], device=device), order, hue_turns)
+    x = color_jitter(x, change, order, hue_turns)
     x = torch.where(chance(recipe.gray)[..., None], grayscale(x), x)
     if recipe.blur:
         blur = gaussian(torch.empty(n, device=device).uniform_(0.1, 2.0), size)  # (N, H, H)
@@ -560,10 +562,12 @@ def interpolation(start, length, size, flip):
 def gaussian(sigma, size):
     """Gaussian blur, borders reflected, cut at 6 pixels: (N,) -> matrix (N, size, size)"""
     radius = min(6, size - 1)
-    pixel, source = torch.arange(size), torch.arange(-radius, size + radius)
-    distance = (source - pixel[:, None]).to(sigma)
+    pixel = torch.arange(size, device=sigma.device)
+    source = torch.arange(-radius, size + radius, device=sigma.device)  # with a border
+    distance = (source - pixel[:, None]).to(sigma.dtype)
     weight = (-0.5 * (distance / sigma[:, None, None]) ** 2).exp() * (distance.abs() <= radius)
-    inside = F.one_hot(size - 1 - (size - 1 - source.abs()).abs(), size).to(sigma)  # reflects
+    reflected = size - 1 - (size - 1 - source.abs()).abs()
+    inside = (reflected[:, None] == pixel).to(sigma.dtype)
     return weight @ inside / weight.sum(2, keepdim=True)
 
 
@@ -606,10 +610,11 @@ def color_jitter(x, factors, order, hue_turns):
         [saturation, 1 - saturation, zero],
     ]
     abc = torch.stack([torch.stack(row) for row in abc])  # (3 operations, 3 coefficients, N)
+    images = torch.arange(len(x), device=x.device)
     for i, turn in enumerate(hue_turns):
         x[turn] = shift_hue(x[turn], hue[turn])
         if i < 3:
-            a, b, c = abc[order[:, i], :, torch.arange(len(x))].T[..., None, None, None]
+            a, b, c = abc[order[:, i], :, images].T[..., None, None, None]
             gray = grayscale(x)
             rest = b * gray + c * gray.mean((2, 3), keepdim=True)
             x = torch.addcmul(rest, x, a).clamp_(0, 1)
@@ -618,8 +623,8 @@ def color_jitter(x, factors, order, hue_turns):
 
 def normalise(x, config):
     """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (config.mean, config.std))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    channels = zip(x.unbind(1), config.mean, config.std)
+    return torch.stack([(c - mean) / std for c, mean, std in channels], dim=3).permute(0, 3, 1, 2)
 
 
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
