@@ -16,6 +16,7 @@ import pytest
 import torch
 from kill_harness import digest
 
+import linear_eval
 import moco_cifar
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,15 @@ def harness(script, runs, folder, flags):
 def test_killed_runs_end_bit_identical(flags, tmp_path):  # R1
     runs = 20 if LONG else 3
     result = harness("moco_cifar", runs, tmp_path, flags)
+    assert result["equal"] == runs and result["kills"] >= 3 * runs, result
+
+
+def test_killed_probes_end_bit_identical(flags, tmp_path):  # R1
+    """linear_eval keeps no state: it starts again, and nothing half-written is in its way."""
+    assert moco_cifar.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    how = f"{tmp_path / 'run'} --epochs 40 --batch-size 8 --augment --precision fp32 --device cpu"
+    runs = 20 if LONG else 2
+    result = harness("linear_eval", runs, tmp_path, how.split())
     assert result["equal"] == runs and result["kills"] >= 3 * runs, result
 
 
@@ -354,3 +364,13 @@ def test_two_processes_equal_one(flags, tmp_path):  # R10
         assert abs(a["loss"] - b["loss"]) < 1e-4
     for key, value in one["encoder"].items():
         torch.testing.assert_close(value, two["encoder"][key], rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------- files of earlier versions
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/golden").glob("*.pt")), ids=lambda p: p.name)
+def test_old_checkpoints_still_load(path):  # R12
+    """Each format's file is kept; its encoder must give the features that were stored with it."""
+    checkpoint = moco_cifar.load_checkpoint(path)
+    images = (torch.arange(2 * 3 * 8 * 8) % 256 / 255).view(2, 3, 8, 8)
+    features = linear_eval.load_encoder(checkpoint)(images)
+    torch.testing.assert_close(features, checkpoint["features"], rtol=1e-4, atol=1e-5)
