@@ -33,7 +33,7 @@ def test_result_of_a_run(pretrained):
 
 
 def row(seed, correct):
-    machine = {"device": "cpu x", "precision": "torch.float32", "seconds": 60.0}
+    machine = {"device": "cpu x", "precision": "torch.float32", "threads": 2, "seconds": 60}
     data = {"name": "A", "n_train": 5000}
     config = {"arch": "resnet8", "width": 16, "epochs": 2, "seed": seed}
     knn = [{"what": "moco", "correct": correct, "n_test": 1000}]

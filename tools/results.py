@@ -57,9 +57,9 @@ def collect(run, data):
 
 
 def show(values):
-    """Fractions -> 82.6 ± 0.2 (n = 3), or the one value alone"""
+    """Fractions -> mean ± standard deviation, in percent; or the one value that all are"""
     values = [100 * value for value in values]
-    if len(values) == 1:
+    if len(set(values)) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
@@ -90,7 +90,9 @@ def table(results):
 
         data = f"{result['data']['name']}, {result['data']['n_train']:,} images"
         minutes = statistics.median(r["machine"]["seconds"] for r in group) / 60
-        device = f"{result['machine']['device']}, {result['machine']['precision'].split('.')[-1]}"
+        machine = result["machine"]
+        device = f"{machine['device']}, {machine['threads']} threads, "
+        device += machine["precision"].removeprefix("torch.")
         cells = [result["method"], data, f"{config['arch']}, width {config['width']}"]
         cells += [
             config["epochs"],
