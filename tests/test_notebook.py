@@ -30,11 +30,7 @@ EDITS = {  # script -> changes to Config, flags of a second cell, and what lies 
         ["run/linear.pt", "more/linear.pt"],
     ),
     "knn_monitor": ({**FINISHED_RUN, "k: int = 200": "k: int = 5"}, ["run", "--k", "4"], []),
-    "plots": (
-        {'("runs/moco",)': '("run",)'},
-        ["run", "--out", "more"],
-        ["more"],
-    ),
+    "plots": (FINISHED_RUN, ["run", "--out", "more"], ["more"]),
 }
 SCRIPTS = [name for name in EDITS if (ROOT / f"{name}.py").exists()]
 
