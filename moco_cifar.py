@@ -781,6 +781,8 @@ class Run:
             print(f"{config.arch} of width {config.width}, {n / 1e6:.2f} M weights to learn")
             print(f"{config.epochs} epochs of {self.steps} steps on {machine['device']}, ", end="")
             print(f"{machine['precision'].removeprefix('torch.')}, into {self.out}/", flush=True)
+            if self.step:
+                print(f"going on after step {self.step}, epoch {self.step / self.steps:.2f}")
 
     def on_signal(self, number, frame):
         if self.signal:  # the second time: at once
