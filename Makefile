@@ -36,15 +36,15 @@ export MALLOC_TOP_PAD_ := 67108864
 METHODS := moco
 script_moco := moco_cifar.py
 
-# cifar-moco-200ep-seed0, and what is not the default: -<data>-<args>
-tag = $(shell printf '%s' '$(EPOCHS)ep-seed$(SEED) $(filter-out cifar10,$(DATA)) $(ARGS)' | tr -cs 'A-Za-z0-9._\200-\377' '-' | sed 's/-*$$//')
+# cifar-moco-200ep-seed0, and what is not the default: -<data>-<args>; or NAME
+tag = $(if $(NAME),$(NAME),$(shell printf '%s' '$(EPOCHS)ep-seed$(SEED) $(filter-out cifar10,$(DATA)) $(ARGS)' | tr -cs 'A-Za-z0-9._\200-\377' '-' | sed 's/-*$$//'))
 
 ##@ Run
 .PHONY: help demo figures test test-long check sync clean distclean $(METHODS:%=cifar-%)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z%-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\nDATA=, EPOCHS=, SEED= and ARGS="--flag value" go with cifar-moco; PYTHON= uses that python\n'
+	@printf '\ncifar-moco takes DATA=, EPOCHS=, SEED=, ARGS="--flag value" and NAME=; PYTHON= uses that python\n'
 
 cifar-moco:  ## MoCo: pretrain, probe, k-NN and figures (CIFAR-10 is downloaded; DATA= names other images)
 
