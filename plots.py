@@ -177,10 +177,10 @@ def draw_map(run, images, n=2000, most=10):
     after.set_title(f"{title_of(run)}, epoch {run.epoch}")
     for axes, encode in ((before, images.encode_untrained), (after, images.encode)):
         points, shares = pca(F.normalize(encode(x), dim=1))  # (N, 2), (2,)
-        axes.scatter(*points[~torch.isin(y, named)].T, s=4, color="0.8", linewidths=0)
+        axes.scatter(*points[~torch.isin(y, named)].T.numpy(), s=4, color="0.8", linewidths=0)
         for i, label in enumerate(named):
             how = dict(marker=MARKERS[i], color=COLORS[i % 7], alpha=0.6, linewidths=0, s=13)
-            axes.scatter(*points[y == label].T, label=wrap(classes[label], 20), **how)
+            axes.scatter(*points[y == label].T.numpy(), label=wrap(classes[label], 20), **how)
         axes.set(xticks=[], yticks=[])
         axes.set_xlabel(f"component 1 ({100 * shares[0]:.1f} % of the variance)")
         axes.set_ylabel(f"component 2 ({100 * shares[1]:.1f} % of the variance)")

@@ -97,8 +97,8 @@ def test_map_is_a_principal_component_analysis():
     points, share = plots.pca(features)
     centred = features.numpy() - features.numpy().mean(0)
     u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    np.testing.assert_allclose(np.abs(points), np.abs(u[:, :2] * s[:2]), atol=1e-6)
-    np.testing.assert_allclose(share, s[:2] ** 2 / (s**2).sum(), atol=1e-6)
+    np.testing.assert_allclose(points.abs().numpy(), np.abs(u[:, :2] * s[:2]), atol=1e-6)
+    np.testing.assert_allclose(share.numpy(), s[:2] ** 2 / (s**2).sum(), atol=1e-6)
 
 
 def test_neighbours_are_the_nearest():
