@@ -293,6 +293,7 @@ def train(config, run):
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import inspect
@@ -316,6 +317,7 @@ from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
 KEYS = set("method epoch epochs config data arch width dim encoder".split())
+HARMLESS = "out data data_dir device knn_every knn_k keep_every save_seconds restart".split()
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
@@ -608,18 +610,23 @@ def load_checkpoint(path):
     """The checkpoint in a file -> dict, on the CPU; Damaged if it is none or not whole."""
     try:
         with zipfile.ZipFile(path) as file:
-            whole = file.testzip() is None  # torch.load does not look at the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+            if file.testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Halt(f"{path}: no such file") from None
     except Exception as error:  # a foreign file can raise anything
-        raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if not whole:
-        raise Damaged(f"{path}: damaged, a checksum is wrong")
+        why = error if type(error) is ValueError else type(error).__name__
+        raise Damaged(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise Damaged(f"{path}: not a checkpoint of format {FORMAT}")
     if missing := KEYS - checkpoint.keys():
         raise Damaged(f"{path}: lacks {', '.join(sorted(missing))}")
+    weights = checkpoint["encoder"] if isinstance(checkpoint["encoder"], dict) else ()
+    for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
+        if weights and all(str(name).startswith(prefix) for name in weights):
+            torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, prefix)
+            print(f"note: {path}: the names in it begin with {prefix}, which is taken off")
     return checkpoint
 
 
@@ -641,12 +648,24 @@ def start_device(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
-    elif device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-        fast = "bf16"
+    elif device.type == "cpu":
+        keep_memory()
+        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
+
+
+def keep_memory():
+    """Have glibc keep what it has got. By default it returns large blocks to the system at every
+    free, and each step pays for getting them back page by page.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system, another library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
 
 
 def process_count():
@@ -762,7 +781,7 @@ class Run:
                     self.load(path)
                     break
             except Damaged as error:
-                trouble = trouble or str(error)
+                trouble = trouble or error
         else:
             if trouble:
                 raise Halt(f"{trouble}, and there is no state before it: --restart starts over")
@@ -772,37 +791,17 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         if self.first:
-            about, config, machine = self.data.about, self.config, self.about["machine"]
-            size, n = (
-                about["image_size"],
-                sum(p.numel() for p in model.parameters() if p.requires_grad),
-            )
-            print(f"{METHOD}: {about['n_train']} images of {size}x{size} from {about['name']}")
-            print(f"{config.arch} of width {config.width}, {n / 1e6:.2f} M weights to learn")
-            print(f"{config.epochs} epochs of {self.steps} steps on {machine['device']}, ", end="")
-            print(f"{machine['precision'].removeprefix('torch.')}, into {self.out}/", flush=True)
-            if self.step:
-                print(f"going on after step {self.step}, epoch {self.step / self.steps:.2f}")
-
-    def on_signal(self, number, frame):
-        if self.signal:  # the second time: at once
-            os._exit(128 + number)
-        self.signal = number
+            self.announce()
 
     def load(self, path):
         """Take over the state in a file, if it is of the same settings and images."""
         saved, machine = load_checkpoint(path), self.about["machine"]
-        harmless = (
-            "out data data_dir device knn_every knn_k keep_every save_seconds restart".split()
-        )
-        pairs = ((k, saved["config"].get(k), v) for k, v in self.about["config"].items())
-        changed = [
-            f"{k} {old} -> {new}" for k, old, new in pairs if old != new and k not in harmless
-        ]
-        if saved["data"]["sha256"] != self.data.about["sha256"]:
-            changed.append("other images")
+        old = saved["config"] | {"images": saved["data"]["sha256"][:8]}
+        new = self.about["config"] | {"images": self.data.about["sha256"][:8]}
+        changed = [k for k in new if old.get(k) != new[k] and k not in HARMLESS]
         if changed:
-            changed = f"{self.out} holds a run with other settings ({', '.join(changed)})"
+            changed = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in changed)
+            changed = f"{self.out} holds a run with other settings ({changed})"
             raise Halt(f"{changed}: name another --out, or --restart")
         if path.name == "pretrain.pt":
             raise Halt(f"{path} is complete, {saved['epoch']} epochs", 0)
@@ -816,12 +815,8 @@ class Run:
             self.seconds = saved["machine"]["seconds"]
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise Damaged(f"{path}: not a state of this run ({error})") from None
-        other = [
-            k
-            for k in ("device", "precision", "threads", "torch")
-            if saved["machine"][k] != machine[k]
-        ]
-        if other and self.first:
+        keys = ("device", "precision", "threads", "processes", "torch")
+        if (other := [k for k in keys if saved["machine"][k] != machine[k]]) and self.first:
             print(f"note: begun with another {', '.join(other)}: goes on, but not bit for bit")
 
     def checkpoint(self):
@@ -853,6 +848,22 @@ class Run:
             print(f"warning: {message}; trying again later", file=sys.stderr)
         self.saved = time.monotonic()
         return not self.failures
+
+    def on_signal(self, number, frame):
+        if self.signal:  # the second time: at once
+            os._exit(128 + number)
+        self.signal = number
+
+    def announce(self):
+        about, config, machine = self.data.about, self.config, self.about["machine"]
+        size, dtype = about["image_size"], machine["precision"].removeprefix("torch.")
+        weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        print(f"{METHOD}: {about['n_train']} images of {size}x{size} from {about['name']}")
+        print(f"{config.arch} of width {config.width}, {weights:.2f} M weights to learn")
+        print(f"{config.epochs} epochs of {self.steps} steps, into {self.out}/")
+        print(f"on {machine['device']}, {machine['threads']} threads, {dtype}", flush=True)
+        if self.step:
+            print(f"going on after step {self.step}, epoch {self.step / self.steps:.2f}")
 
     def log(self):
         head = {key: self.about[key] for key in ("method", "config", "data", "machine")}
@@ -957,9 +968,8 @@ def parse_config(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     if RECIPES:
-        parser.add_argument(
-            "--recipe", choices=RECIPES, default=[*RECIPES][0], help="values to start from"
-        )
+        first = [*RECIPES][0]
+        parser.add_argument("--recipe", choices=RECIPES, help=f"values to start from [{first}]")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     try:
         source = inspect.getsource(Config)
@@ -985,7 +995,8 @@ def parse_config(argv=None):
         text = f"{text} [{field.default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
-    return check_config(Config(**RECIPES.get(flags.pop("recipe", None), {}) | flags))
+    recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
+    return check_config(Config(**RECIPES.get(recipe, {}) | flags))
 
 
 def flag_of(name):
@@ -1008,7 +1019,7 @@ def check_config(config):
                 wrong = "a number, and not negative"
             elif field.type is int and value >= 2**31:
                 wrong = "less than 2^31"
-            elif field.type is tuple and len(value) != len(field.default):
+            elif field.type is tuple and len(value) != len(field.default) and name != "lr":
                 wrong = f"{len(field.default)} numbers"
             elif name in POSITIVE and not min(values):
                 wrong = "more than 0"

@@ -294,6 +294,8 @@ def draw_comparison(runs):
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
+import ctypes
+import contextlib
 import hashlib
 import inspect
 import io
@@ -806,18 +808,23 @@ def load_checkpoint(path):
     """The checkpoint in a file -> dict, on the CPU; Damaged if it is none or not whole."""
     try:
         with zipfile.ZipFile(path) as file:
-            whole = file.testzip() is None  # torch.load does not look at the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+            if file.testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Halt(f"{path}: no such file") from None
     except Exception as error:  # a foreign file can raise anything
-        raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if not whole:
-        raise Damaged(f"{path}: damaged, a checksum is wrong")
+        why = error if type(error) is ValueError else type(error).__name__
+        raise Damaged(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise Damaged(f"{path}: not a checkpoint of format {FORMAT}")
     if missing := KEYS - checkpoint.keys():
         raise Damaged(f"{path}: lacks {', '.join(sorted(missing))}")
+    weights = checkpoint["encoder"] if isinstance(checkpoint["encoder"], dict) else ()
+    for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
+        if weights and all(str(name).startswith(prefix) for name in weights):
+            torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, prefix)
+            print(f"note: {path}: the names in it begin with {prefix}, which is taken off")
     return checkpoint
 
 
@@ -838,12 +845,24 @@ def start_device(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
-    elif device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-        fast = "bf16"
+    elif device.type == "cpu":
+        keep_memory()
+        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
+
+
+def keep_memory():
+    """Have glibc keep what it has got. By default it returns large blocks to the system at every
+    free, and each step pays for getting them back page by page.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system, another library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
 
 
 # %% Reading runs
@@ -1066,9 +1085,8 @@ def parse_config(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     if RECIPES:
-        parser.add_argument(
-            "--recipe", choices=RECIPES, default=[*RECIPES][0], help="values to start from"
-        )
+        first = [*RECIPES][0]
+        parser.add_argument("--recipe", choices=RECIPES, help=f"values to start from [{first}]")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     try:
         source = inspect.getsource(Config)
@@ -1094,7 +1112,8 @@ def parse_config(argv=None):
         text = f"{text} [{field.default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
-    return check_config(Config(**RECIPES.get(flags.pop("recipe", None), {}) | flags))
+    recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
+    return check_config(Config(**RECIPES.get(recipe, {}) | flags))
 
 
 def flag_of(name):
@@ -1117,7 +1136,7 @@ def check_config(config):
                 wrong = "a number, and not negative"
             elif field.type is int and value >= 2**31:
                 wrong = "less than 2^31"
-            elif field.type is tuple and len(value) != len(field.default):
+            elif field.type is tuple and len(value) != len(field.default) and name != "lr":
                 wrong = f"{len(field.default)} numbers"
             elif name in POSITIVE and not min(values):
                 wrong = "more than 0"
