@@ -639,6 +639,8 @@ def parse_config(argv=None):
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
         elif choices := typing.get_args(field.type):
             how = {"choices": choices}
+        elif "or auto" in text:
+            how["type"] = lambda text: 0 if text == "auto" else int(text)
         text = f"{text} [{field.default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
@@ -651,7 +653,7 @@ def flag_of(name):
 
 
 POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
-SHARES = "crop_scale jitter gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
 def check_config(config):
@@ -674,7 +676,9 @@ def check_config(config):
                 wrong = "from 0 to 1"
             elif name == "crop_scale" and values[0] > values[1]:
                 wrong = "the smaller share and the larger"
-            elif name == "batch_size" and value < 2:
+            elif name == "warmup_epochs" and value and value >= config.epochs:
+                wrong = f"less than --epochs {config.epochs}"
+            elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:
             raise Halt(f"{flag_of(name)} {value}: must be {wrong}")

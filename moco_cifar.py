@@ -50,6 +50,7 @@ class Config:
     std: tuple = (0.2470, 0.2435, 0.2616)  # likewise
     # -- augmentation
     crop_scale: tuple = (0.08, 1.0)  # share of the image's area that a random crop keeps
+    flip: float = 0.5  # probability of a mirrored view
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # strength in brightness, contrast, saturation, hue
     gray: float = 0.2  # probability of a grayscale view
     blur: float = 0.0  # probability of a Gaussian blur ("aug+" of MoCo v2: 0.5)
@@ -67,7 +68,7 @@ class Config:
     symmetric: bool = False  # add the loss with the two views exchanged
     # -- optimisation
     epochs: int = 200  # passes over the training images
-    batch_size: int = 512  # images a step, over all devices together
+    batch_size: int = 512  # images a step, on all devices together; 0 or auto: what memory allows
     lr: float = 0.06  # learning rate at the start
     sgd_momentum: float = 0.9  # the optimizer's, not the key encoder's
     weight_decay: float = 5e-4  # on all parameters
@@ -120,7 +121,7 @@ def augment(images, recipe):
         return torch.rand(n, 1, 1, device=device) < p
 
     top, left, height, width = sample_crops(n, size, recipe.crop_scale, device)
-    flip, never = chance(0.5)[:, 0, 0], chance(0)[:, 0, 0]
+    flip, never = chance(recipe.flip)[:, 0, 0], chance(0)[:, 0, 0]
     rows, columns = interpolation(top, height, size, never), interpolation(left, width, size, flip)
     x = separable(images / 255, rows, columns)
 
@@ -677,13 +678,24 @@ def shard(batch):
     return batch.chunk(process_count())[dist.get_rank()] if dist.is_initialized() else batch
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all processes, in order; the gradients go back to the processes they are of."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        parts = [torch.empty_like(rows) for _ in range(process_count())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dist.all_reduce(grad := grad.contiguous())
+        return shard(grad)
+
+
 def gather(rows):
-    """The rows of all processes, in order; no gradient passes."""
-    if not dist.is_initialized():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(process_count())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    """The rows of all processes, in order."""
+    return Gather.apply(rows) if dist.is_initialized() else rows
 
 
 def average(tensors):
@@ -727,6 +739,36 @@ def lock_folder(folder):
     return lock
 
 
+def largest_batch(config, device, dtype):
+    """The largest power of two for which the activations of two views take at most half of the
+    device's memory (the other half: gradients, weights, images, workspace). It is computed from
+    the memory that there is, free or not, so that the same command finds the same number again.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+        limit = limit.read_text().strip() if limit.exists() else "max"
+        memory = min(memory, int(limit)) if limit.isdigit() else memory
+    encoder = build_encoder(config.arch, config.width).to(device)
+    kept = {}
+
+    def count(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    def bytes_for(views):
+        kept.clear()
+        x = torch.zeros(views, 3, config.image_size, config.image_size, device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                encoder(x)
+        return sum(kept.values())
+
+    return 2 ** int(math.log2(memory / 2 / (bytes_for(4) - bytes_for(2))))
+
+
 def seed_of(*numbers):
     """One seed from several numbers, in which (0, 1) and (1, 0) differ."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
@@ -741,6 +783,9 @@ class Run:
         self.device, self.dtype = start_device(config)
         self.first = not dist.is_initialized() or dist.get_rank() == 0  # the process that writes
         self.data = load_data(config)
+        if not config.batch_size:
+            config.batch_size = largest_batch(config, self.device, self.dtype)
+            print(f"--batch-size {config.batch_size} is what the memory of {self.device} allows")
         for flag, n in (("--batch-size", config.batch_size), ("--knn-k", config.knn_k)):
             if n > len(self.data.x_train):
                 raise Halt(f"{flag} {n}: there are only {len(self.data.x_train)} training images")
@@ -796,7 +841,8 @@ class Run:
     def load(self, path):
         """Take over the state in a file, if it is of the same settings and images."""
         saved, machine = load_checkpoint(path), self.about["machine"]
-        old = saved["config"] | {"images": saved["data"]["sha256"][:8]}
+        old = dataclasses.asdict(Config()) | saved["config"]  # a setting that is newer than the run
+        old |= {"images": saved["data"]["sha256"][:8]}
         new = self.about["config"] | {"images": self.data.about["sha256"][:8]}
         changed = [k for k in new if old.get(k) != new[k] and k not in HARMLESS]
         if changed:
@@ -992,6 +1038,8 @@ def parse_config(argv=None):
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
         elif choices := typing.get_args(field.type):
             how = {"choices": choices}
+        elif "or auto" in text:
+            how["type"] = lambda text: 0 if text == "auto" else int(text)
         text = f"{text} [{field.default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
@@ -1004,7 +1052,7 @@ def flag_of(name):
 
 
 POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
-SHARES = "crop_scale jitter gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
 def check_config(config):
@@ -1027,7 +1075,9 @@ def check_config(config):
                 wrong = "from 0 to 1"
             elif name == "crop_scale" and values[0] > values[1]:
                 wrong = "the smaller share and the larger"
-            elif name == "batch_size" and value < 2:
+            elif name == "warmup_epochs" and value and value >= config.epochs:
+                wrong = f"less than --epochs {config.epochs}"
+            elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:
             raise Halt(f"{flag_of(name)} {value}: must be {wrong}")

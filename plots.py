@@ -294,8 +294,8 @@ def draw_comparison(runs):
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
-import ctypes
 import contextlib
+import ctypes
 import hashlib
 import inspect
 import io
@@ -516,7 +516,7 @@ def augment(images, recipe):
         return torch.rand(n, 1, 1, device=device) < p
 
     top, left, height, width = sample_crops(n, size, recipe.crop_scale, device)
-    flip, never = chance(0.5)[:, 0, 0], chance(0)[:, 0, 0]
+    flip, never = chance(recipe.flip)[:, 0, 0], chance(0)[:, 0, 0]
     rows, columns = interpolation(top, height, size, never), interpolation(left, width, size, flip)
     x = separable(images / 255, rows, columns)
 
@@ -1109,6 +1109,8 @@ def parse_config(argv=None):
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
         elif choices := typing.get_args(field.type):
             how = {"choices": choices}
+        elif "or auto" in text:
+            how["type"] = lambda text: 0 if text == "auto" else int(text)
         text = f"{text} [{field.default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
@@ -1121,7 +1123,7 @@ def flag_of(name):
 
 
 POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
-SHARES = "crop_scale jitter gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
 def check_config(config):
@@ -1144,7 +1146,9 @@ def check_config(config):
                 wrong = "from 0 to 1"
             elif name == "crop_scale" and values[0] > values[1]:
                 wrong = "the smaller share and the larger"
-            elif name == "batch_size" and value < 2:
+            elif name == "warmup_epochs" and value and value >= config.epochs:
+                wrong = f"less than --epochs {config.epochs}"
+            elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:
             raise Halt(f"{flag_of(name)} {value}: must be {wrong}")

@@ -21,6 +21,7 @@ DIFFERS = {
     ("*", "Config"): "each script has settings of its own",
     ("*", "METHOD"): "the name of the method",
     ("*", "RECIPES"): "each script has recipes of its own",
+    ("*", "train"): "each method has a loop of its own",
     ("*", "main"): "each script has a task of its own",
 }
 
