@@ -944,10 +944,14 @@ class Run:
         for name in ("last.pt", "prev.pt") if self.first else ():
             (self.out / name).unlink(missing_ok=True)
 
-    def descend(self, loss):
-        """One step of the optimizer, down the mean gradient of the processes."""
+    def descend(self, loss, clip=0.0):
+        """One step of the optimizer, down the mean gradient of the processes, of norm <= clip."""
         self.scaler.scale(loss).backward()
-        average([p.grad for p in self.model.parameters() if p.grad is not None])
+        learned = [p for p in self.model.parameters() if p.grad is not None]
+        average([p.grad for p in learned])
+        if clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(learned, clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -1051,7 +1055,8 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
+POSITIVE = "image_size std width head_hidden predictor_hidden dim grid parts_combined".split()
+POSITIVE += "queue_size temperature bn_splits knn_k".split()
 SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
