@@ -8,19 +8,31 @@ That is also why a rate of 30 works: the problem is convex, and the features are
     images --encoder (frozen, eval mode)--> features (N, D) --linear--> logits --> cross-entropy
              computed once                                    ^ the only thing that learns
 
-What is reported is the last epoch on the test set: nothing is chosen by looking at it. Settings are
-chosen on a holdout: pretrain and probe with --holdout 5000. Of 10 classes, top-5 is 50 % by chance.
+Two more modes ask other questions. Quoting their figures as "linear" ones is a common mistake:
+
+    probe       the encoder is frozen: what are its features worth?
+    finetune    all weights learn on from the checkpoint: is it a good place to start from?
+    supervised  the same from untrained weights: what do the labels alone give?
+
+With --labels 0.1 each learns from the same tenth of the labels. What is reported is the last epoch
+on the test set: nothing is chosen by looking at it. Settings are chosen on a holdout: pretrain and
+probe with --holdout 5000. Of 10 classes, top-5 is 50 % by chance.
 
     python linear_eval.py runs/moco                     # 100 epochs, as MoCo's own probe
     python linear_eval.py runs/moco --recipe fast-moco  # LARS, large batches
     python linear_eval.py runs/moco --init random       # the same, encoder untrained
+    python linear_eval.py runs/moco --lr 1,3,10,30 --holdout 5000    # the best rate, chosen there
+    python linear_eval.py runs/moco --mode finetune --labels 0.1     # beside --mode supervised
 
-Writes linear.pt (the second checkpoint) and linear.jsonl (its own log) beside the first.
+Writes linear.pt (the second checkpoint) and linear.jsonl (its own log): a plain probe beside the
+first, everything else into a folder there, such as random/ or finetune-0.1/.
 """
 
 # %%
+import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -34,37 +46,55 @@ from torch import nn
 class Config:
     checkpoints: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
     # -- what to measure
-    mode: Literal["probe"] = "probe"  # probe: a linear classifier on the frozen encoder
+    mode: Literal["probe", "finetune", "supervised"] = "probe"  # what learns, see above
     init: Literal["pretrained", "random"] = "pretrained"  # random: an untrained encoder, to compare
     augment: bool = False  # crop and flip anew each epoch, in place of features computed once
     crop_scale: tuple = (0.08, 1.0)  # share of the image's area that such a crop keeps
+    probe_every: int = 0  # measure the epochs kept by --keep-every too, every so many; 0: the last
     # -- data
     data: str = ""  # other data than the checkpoint's: cifar10, ..., a folder, an .npz file
     data_dir: str = "data"  # where downloads and caches are kept
     limit: int = 0  # train on so many images, equally many of each class; 0: as in pretraining
+    labels: float = 1.0  # share of these images that is used, equally many of each class
     holdout: int = 0  # evaluate on so many training images kept back; 0: as in pretraining
     # -- optimisation
-    epochs: int = 100  # passes over the training images
+    epochs: int = 100  # passes over the labelled images
     batch_size: int = 256  # images a step
-    optimizer: Literal["sgd", "lars"] = "sgd"  # LARS: steps in proportion to the weights
-    lr: float = 30.0  # learning rate at the start
-    sgd_momentum: float = 0.9  # of either optimizer
+    optimizer: Literal["sgd", "lars", "adam"] = "sgd"  # LARS: steps in proportion to the weights
+    lr: tuple = (30.0,)  # learning rate at the start; of several the best on the holdout is taken
+    encoder_lr: float = 1.0  # finetune: the encoder's rate, as a share of lr; 0: it is frozen
+    sgd_momentum: float = 0.9  # of SGD and LARS
+    nesterov: bool = False  # of SGD: Nesterov's momentum
     weight_decay: float = 0.0  # on the weights
-    schedule: Literal["cosine", "step"] = "step"  # step: x 0.1 at 60 % and at 80 % of the epochs
+    schedule: Literal["cosine", "step"] = "step"  # step: x lr_decay at 60 % and 80 % of the epochs
+    lr_decay: float = 0.1  # that factor; 1: a constant rate
     # -- run
-    out: str = ""  # folder for linear.pt; "": the checkpoint's, or random/ in it
-    seed: int = 0  # of the classifier, the order, and the encoder of --init random
+    out: str = ""  # folder for linear.pt; "": the checkpoint's, or finetune-0.1/ and so on in it
+    seed: int = 0  # of the classifier, the order, the choice of labels, and an untrained encoder
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the encoder
 
 
+# usual for training a ResNet on CIFAR with labels
+WITH_LABELS = dict(augment=True, crop_scale=(0.2, 1.0), batch_size=128, schedule="cosine")
+WITH_LABELS |= dict(nesterov=True, weight_decay=5e-4)
+# Fast-MoCo, supplementary B.3. Its exponents are damaged ("5e2"): read as 5e-2 and 1e-6
+SEMI = dict(mode="finetune", lr=(5e-2,), batch_size=256, nesterov=True, lr_decay=0.2, augment=True)
+
 RECIPES = {
     "demo": {},  # the defaults: MoCo's own linear probe (MoCo v1, sec. 4.1)
-    "report": dict(
-        lr=10.0, batch_size=128
-    ),  # the course report on MoCo; its schedule is not stated
+    # the course report on MoCo; its schedule is not stated
+    "report": dict(lr=(10.0,), batch_size=128),
     # Fast-MoCo, supplementary, Table 2
-    "fast-moco": dict(optimizer="lars", lr=0.8, batch_size=4096, epochs=90, schedule="cosine"),
+    "fast-moco": dict(optimizer="lars", lr=(0.8,), batch_size=4096, epochs=90, schedule="cosine"),
+    # the course report on SimCLR: "a similar training setup" to the pretraining's; for both modes
+    "simclr-report": dict(labels=0.1, epochs=50, batch_size=200, augment=True)
+    | dict(optimizer="adam", lr=(1e-3,), weight_decay=1e-5, lr_decay=1.0),
+    "semi-1": SEMI | dict(labels=0.01, epochs=60, encoder_lr=0.0),
+    "semi-10": SEMI | dict(labels=0.1, epochs=20, encoder_lr=1e-6 / 5e-2),
+    # what --mode finetune and --mode supervised start from
+    "finetune": dict(mode="finetune", lr=(0.05,), epochs=50) | WITH_LABELS,
+    "supervised": dict(mode="supervised", lr=(0.1,), epochs=100) | WITH_LABELS,
 }
 
 
@@ -101,32 +131,6 @@ def load_encoder(checkpoint, random=False):
     return encoder.requires_grad_(False).eval()
 
 
-def fingerprint(module):
-    """A hash of every parameter and buffer, batch-norm statistics included."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def extract_features(encoder, images, config, autocast, batch=1000):
-    """Features of plain images, the encoder in eval mode: (N, 3, H, W) uint8 -> (N, D) float32"""
-    device, training, features = next(encoder.parameters()).device, encoder.training, []
-    encoder.eval()
-    for part in images.split(batch):
-        with autocast():
-            features.append(encoder(normalise(part.to(device) / 255, config)).float())
-    encoder.train(training)
-    return torch.cat(features)
-
-
-def normalise(x, config):
-    """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
-    channels = zip(x.unbind(1), config.mean, config.std)
-    return torch.stack([(c - mean) / std for c, mean, std in channels], dim=3).permute(0, 3, 1, 2)
-
-
 def crop_and_flip(images, config):
     """Random resized crops, half of them mirrored: (N, 3, H, W) uint8 -> float32 in [0, 1]"""
     n, size, device = len(images), images.shape[-1], images.device
@@ -134,6 +138,30 @@ def crop_and_flip(images, config):
     flip = torch.rand(n, device=device) < 0.5
     rows = interpolation(top, height, size, torch.zeros_like(flip))
     return separable(images / 255, rows, interpolation(left, width, size, flip))
+
+
+# %% What the classifier learns from
+def encoder_learns(config):
+    return config.mode != "probe" and config.encoder_lr > 0
+
+
+def prepare(encoder, data, config, autocast):
+    """Data on the device, with features (N, D) in place of images wherever they stay the same"""
+    device = next(encoder.parameters()).device
+    data = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(data).items()}
+    if not encoder_learns(config):
+        for part in ("x_test",) if config.augment else ("x_test", "x_train"):
+            data[part] = extract_features(encoder, data[part], config, autocast)
+    return SimpleNamespace(**data)
+
+
+def features_of(encoder, x, config, autocast):
+    """Of a training batch: images (N, 3, H, W), or features (N, D) as they are -> (N, D)"""
+    if x.ndim == 2:
+        return x
+    views = crop_and_flip(x, config) if config.augment else x / 255
+    with autocast():  # no gradient reaches a frozen encoder: load_encoder() has seen to that
+        return encoder(normalise(views, config)).float()
 
 
 # %% The classifier
@@ -167,11 +195,25 @@ class LARS(torch.optim.Optimizer):
                 w.sub_(v)
 
 
-def learning_rate(config, epoch):
-    """The rate in an epoch, counted from 0, so that the last one still learns"""
+def rate_at(config, epoch):
+    """The rate in an epoch, counted from 0, as a share of lr; the last one still learns"""
     if config.schedule == "step":
-        return config.lr * 0.1 ** sum(epoch >= part * config.epochs for part in (0.6, 0.8))
-    return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+        return config.lr_decay ** sum(epoch >= part * config.epochs for part in (0.6, 0.8))
+    return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+def make_optimizer(layers, encoder, config):
+    """One group of parameters for each rate: of each layer, and of the encoder if it learns"""
+    groups = [dict(params=layer.parameters(), lr=lr) for layer, lr in zip(layers, config.lr)]
+    if encoder_learns(config):
+        encoder.requires_grad_(True)
+        groups.append(dict(params=encoder.parameters(), lr=config.encoder_lr * config.lr[0]))
+    decay, momentum = config.weight_decay, config.sgd_momentum
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, weight_decay=decay)
+    if config.optimizer == "lars":
+        return LARS(groups, lr=config.lr[0], momentum=momentum, weight_decay=decay)
+    return torch.optim.SGD(groups, momentum=momentum, weight_decay=decay, nesterov=config.nesterov)
 
 
 def topk_accuracy(logits, labels, ks=(1, 3, 5)):
@@ -183,69 +225,76 @@ def topk_accuracy(logits, labels, ks=(1, 3, 5)):
     return [hit[:, :k].any(1).sum().item() / len(labels) for k in ks]
 
 
-def probe(encoder, data, config, autocast):
-    """Train the classifier -> classifier, history: a row for each epoch"""
-    device = next(encoder.parameters()).device
-    x, y, y_test = data.x_train, data.y_train.to(device), data.y_test.to(device)
-    h_test = extract_features(encoder, data.x_test, config, autocast)
-    h = None if config.augment else extract_features(encoder, x, config, autocast)  # (N, D)
-
+def train_linear(encoder, data, config, autocast, scaler):
+    """Train a linear layer, and the encoder if it learns too -> [layer], history: a row an epoch.
+    For several rates in config.lr, as many layers side by side, and no history.
+    """
+    y, history, start = data.y_train, [], time.monotonic()
     torch.manual_seed(config.seed)
-    classifier = nn.Linear(encoder.dim, len(data.about["classes"])).to(device)
-    nn.init.normal_(classifier.weight, std=0.01)
-    nn.init.zeros_(classifier.bias)
-    kind = {"sgd": torch.optim.SGD, "lars": LARS}[config.optimizer]
-    settings = dict(momentum=config.sgd_momentum, weight_decay=config.weight_decay)
-    optimizer = kind(classifier.parameters(), lr=config.lr, **settings)
+    layer = nn.Linear(encoder.dim, len(data.about["classes"])).to(y.device)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    layers = nn.ModuleList(copy.deepcopy(layer) for _ in config.lr)
+    optimizer = make_optimizer(layers, encoder, config)
+    rates = [group["lr"] for group in optimizer.param_groups]
 
-    history, start = [], time.monotonic()
-    for epoch in (bar := tqdm(range(config.epochs), "probe", unit="epoch", disable=None)):
-        optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
-        total = torch.zeros((), device=device)
-        for rows in torch.randperm(len(y)).split(config.batch_size):
-            if config.augment:
-                views = crop_and_flip(x[rows].to(device), config)
-                with torch.no_grad(), autocast():
-                    features = encoder(normalise(views, config)).float()
-            else:
-                features = h[rows.to(device)]
-            loss = F.cross_entropy(classifier(features), y[rows.to(device)])
+    encoder.train(encoder_learns(config))  # frozen means eval mode: batch norm stands still too
+    for epoch in (bar := tqdm(range(config.epochs), config.mode, unit="epoch", disable=None)):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * rate_at(config, epoch)
+        total = torch.zeros(len(layers), device=y.device)
+        for rows in torch.randperm(len(y)).to(y.device).split(config.batch_size):
+            h = features_of(encoder, data.x_train[rows], config, autocast)  # (N, D)
+            losses = torch.stack([F.cross_entropy(layer(h), y[rows]) for layer in layers])
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(rows)
-        with torch.no_grad():
-            logits = classifier(h_test)
-        row = {
-            "epoch": epoch + 1,
-            "loss": total.item() / len(y),
-            "lr": learning_rate(config, epoch),
-        }
-        row |= dict(zip(("top1", "top3", "top5"), topk_accuracy(logits, y_test)))
-        row |= {"test_loss": F.cross_entropy(logits, y_test).item()}
+            scaler.scale(losses.sum()).backward()  # the layers share nothing: each gets its own
+            scaler.step(optimizer)
+            scaler.update()
+            total += losses.detach() * len(rows)
+        if len(layers) > 1:
+            continue
+        row = {"epoch": epoch + 1, "loss": total.item() / len(y)}
+        row |= {"lr": config.lr[0] * rate_at(config, epoch)}
+        row |= score(predict(encoder, layers[0], data.x_test, config, autocast), data.y_test)
         if not math.isfinite(row["loss"] + row["test_loss"]):
             raise Halt("training diverged, the loss is not finite: lower --lr", 3)
         history.append(row | {"seconds": time.monotonic() - start})
         bar.set_postfix(top1=f"{100 * row['top1']:.2f} %")
-    return classifier, history
+    return layers, history
 
 
-def evaluate(encoder, classifier, data, config, autocast):
-    """The result, on the test images: fractions, whole numbers of images, and each class's own."""
-    device = next(encoder.parameters()).device
-    logits = classifier(extract_features(encoder, data.x_test, config, autocast)).detach()
-    labels, n = data.y_test.to(device), len(data.y_test)
+def choose_rate(encoder, data, config, autocast, scaler):
+    """Which of several rates is best on training images that are held out? The test set has no part
+    in it. -> the rate, and for each {"lr", "top1"}, with None for one that diverged
+    """
+    x, y, rates = data.x_train, data.y_train, []
+    part = SimpleNamespace(x_train=x[data.rest], y_train=y[data.rest], about=data.about)
+    layers, _ = train_linear(encoder, part, config, autocast, scaler)
+    for lr, layer in zip(config.lr, layers):
+        logits = layer(x[data.held]).detach()
+        whole = logits.isfinite().all() and F.cross_entropy(logits, y[data.held]).isfinite()
+        rates.append({"lr": lr, "top1": topk_accuracy(logits, y[data.held])[0] if whole else None})
+    if not (good := [row for row in rates if row["top1"] is not None]):
+        raise Halt("training diverged at each rate: lower --lr", 3)
+    return max(good, key=lambda row: row["top1"])["lr"], rates
+
+
+@torch.no_grad()
+def predict(encoder, classifier, x, config, autocast):
+    """Logits (N, classes) of images (N, 3, H, W), or of features (N, D)"""
+    return classifier(x if x.ndim == 2 else extract_features(encoder, x, config, autocast))
+
+
+def score(logits, labels):
+    """(N, classes), (N,) -> fractions right, and the loss"""
     top = dict(zip(("top1", "top3", "top5"), topk_accuracy(logits, labels)))
-    right = (logits.argmax(1) == labels).double()
-    per_class = [right[labels == c].mean().item() for c in range(logits.shape[1])]
-    per_class = [None if math.isnan(share) else share for share in per_class]  # no image of it
-    result = top | {"test_loss": F.cross_entropy(logits, labels).item(), "n_test": n}
-    correct = {name: round(value * n) for name, value in top.items()}
-    return result | {"correct": correct, "per_class": per_class}
+    return top | {"test_loss": F.cross_entropy(logits, labels).item()}
 
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import inspect
 import io
@@ -259,7 +308,6 @@ import time
 import typing
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch.distributed as dist
@@ -315,6 +363,12 @@ def separable(x, rows, columns):
     x = x.flatten(1, 2) @ columns.mT  # (N, C*H, W)
     x = rows @ x.unflatten(1, (-1, rows.shape[1])).transpose(1, 2).flatten(2)  # (N, H, C*W)
     return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
+
+
+def normalise(x, config):
+    """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
+    channels = zip(x.unbind(1), config.mean, config.std)
+    return torch.stack([(c - mean) / std for c, mean, std in channels], dim=3).permute(0, 3, 1, 2)
 
 
 # %% Data
@@ -445,6 +499,22 @@ def stratified(labels, n, flag):
     return order[:n].sort().values, order[n:].sort().values
 
 
+def choose_labels(labels, share, seed):
+    """The images whose labels are used, equally many of each class: (N,) -> their indices, sorted.
+    Drawn by hashes: the same in every mode and on every machine, and 1 % is a part of 10 %.
+    """
+    if share == 1:
+        return torch.arange(len(labels))
+    n, classes = len(labels), len(labels.unique())
+    each = round(share * n / classes)
+    if each < 1:
+        raise Halt(f"--labels {share:g}: of {n} images that is less than one of each class")
+    hashes = [hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(n)]
+    order = torch.tensor(sorted(range(n), key=lambda i: hashes[i]))
+    some, _ = stratified(labels[order], min(each * classes, n), "--labels")
+    return order[some].sort().values
+
+
 # %% Checkpoints
 def write_atomic(path, content, previous=None):
     """All of it or nothing, whenever the power goes off; the old file becomes `previous`."""
@@ -479,19 +549,45 @@ def load_checkpoint(path):
     """The checkpoint in a file -> dict, on the CPU; Damaged if it is none or not whole."""
     try:
         with zipfile.ZipFile(path) as file:
-            whole = file.testzip() is None  # torch.load does not look at the checksums
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+            if file.testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Halt(f"{path}: no such file") from None
     except Exception as error:  # a foreign file can raise anything
-        raise Damaged(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    if not whole:
-        raise Damaged(f"{path}: damaged, a checksum is wrong")
+        why = error if type(error) is ValueError else type(error).__name__
+        raise Damaged(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise Damaged(f"{path}: not a checkpoint of format {FORMAT}")
     if missing := KEYS - checkpoint.keys():
         raise Damaged(f"{path}: lacks {', '.join(sorted(missing))}")
+    weights = checkpoint["encoder"] if isinstance(checkpoint["encoder"], dict) else ()
+    for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
+        if weights and all(str(name).startswith(prefix) for name in weights):
+            torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, prefix)
+            print(f"note: {path}: the names in it begin with {prefix}, which is taken off")
     return checkpoint
+
+
+# %% Features
+@torch.no_grad()
+def extract_features(encoder, images, config, autocast, batch=1000):
+    """Features of plain images, the encoder in eval mode: (N, 3, H, W) uint8 -> (N, D) float32"""
+    device, training, features = next(encoder.parameters()).device, encoder.training, []
+    encoder.eval()
+    for part in images.split(batch):
+        with autocast():
+            features.append(encoder(normalise(part.to(device) / 255, config)).float())
+    encoder.train(training)
+    return torch.cat(features)
+
+
+def fingerprint(module):
+    """A hash of every parameter and buffer, batch-norm statistics included."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # %% Devices
@@ -512,12 +608,24 @@ def start_device(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
-    elif device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-        fast = "bf16"
+    elif device.type == "cpu":
+        keep_memory()
+        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
+
+
+def keep_memory():
+    """Have glibc keep what it has got. By default it returns large blocks to the system at every
+    free, and each step pays for getting them back page by page.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system, another library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
+        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
 
 
 def process_count():
@@ -552,9 +660,8 @@ def parse_config(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     if RECIPES:
-        parser.add_argument(
-            "--recipe", choices=RECIPES, default=[*RECIPES][0], help="values to start from"
-        )
+        first = [*RECIPES][0]
+        parser.add_argument("--recipe", choices=RECIPES, help=f"values to start from [{first}]")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     try:
         source = inspect.getsource(Config)
@@ -577,18 +684,21 @@ def parse_config(argv=None):
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
         elif choices := typing.get_args(field.type):
             how = {"choices": choices}
+        elif "or auto" in text:
+            how["type"] = lambda text: 0 if text == "auto" else int(text)
         text = f"{text} [{field.default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
-    return check_config(Config(**RECIPES.get(flags.pop("recipe", None), {}) | flags))
+    recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
+    return check_config(Config(**RECIPES.get(recipe, {}) | flags))
 
 
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
-SHARES = "crop_scale jitter gray blur key_momentum sgd_momentum".split()
+POSITIVE = "image_size std width head_hidden predictor_hidden dim grid parts_combined".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
 def check_config(config):
@@ -603,7 +713,7 @@ def check_config(config):
                 wrong = "a number, and not negative"
             elif field.type is int and value >= 2**31:
                 wrong = "less than 2^31"
-            elif field.type is tuple and len(value) != len(field.default):
+            elif field.type is tuple and len(value) != len(field.default) and name != "lr":
                 wrong = f"{len(field.default)} numbers"
             elif name in POSITIVE and not min(values):
                 wrong = "more than 0"
@@ -611,7 +721,9 @@ def check_config(config):
                 wrong = "from 0 to 1"
             elif name == "crop_scale" and values[0] > values[1]:
                 wrong = "the smaller share and the larger"
-            elif name == "batch_size" and value < 2:
+            elif name == "warmup_epochs" and value and value >= config.epochs:
+                wrong = f"less than --epochs {config.epochs}"
+            elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:
             raise Halt(f"{flag_of(name)} {value}: must be {wrong}")
@@ -632,29 +744,124 @@ def find_checkpoint(path):
     )
 
 
-def measure(path, config):
-    """Probe one checkpoint, and write linear.pt and linear.jsonl."""
-    file = find_checkpoint(path)
-    saved, random = load_checkpoint(file), config.init == "random"
-    before, config = saved["config"], dataclasses.replace(config)
-    out = Path(config.out or (file.parent / "random" if random else file.parent))
-    config.data, config.out = config.data or before["data"], str(out)
-    config.limit, config.holdout = (
-        config.limit or before["limit"],
-        config.holdout or before["holdout"],
-    )
-    about = saved["data"]
-    settings = dict(image_size=about["image_size"], mean=about["mean"], std=about["std"])
-    settings = SimpleNamespace(**dataclasses.asdict(config) | settings)
-    device, dtype = start_device(config)
-    data = load_data(settings)
+def check_together(config):
+    """Halt if settings do not go together."""
+    untrained = config.init == "random" or config.mode == "supervised"
+    why = None
+    rates = [*config.lr, *(lr * config.encoder_lr for lr in config.lr), config.weight_decay]
+    if not 0 < config.labels <= 1:
+        why = f"--labels {config.labels:g}: must be more than 0 and at most 1"
+    elif config.batch_size < 2:
+        why = f"--batch-size {config.batch_size}: must be 2 or more"
+    elif not config.lr:
+        why = "--lr: name at least one rate"
+    elif config.lr_decay > 1:
+        why = f"--lr-decay {config.lr_decay:g}: must be at most 1"
+    elif max(rates) > (1e37 if config.optimizer == "adam" else 1e38):  # its first step: ten times
+        why = "--lr, --encoder-lr or --weight-decay is more than float32 can hold"
+    elif len(config.lr) > 1 and (config.mode != "probe" or config.augment):
+        why = "--lr: several rates go with --mode probe and without --augment"
+    elif config.nesterov and not config.sgd_momentum:
+        why = "--nesterov: there is no momentum with --sgd-momentum 0"
+    elif config.mode == "supervised" and not config.encoder_lr:
+        why = "--encoder-lr 0: --mode supervised would learn nothing but the last layer"
+    elif config.probe_every and untrained:
+        why = "--probe-every: an untrained encoder has no epochs"
+    if why:
+        raise Halt(why)
+
+
+def output_folder(file, kind, config):
+    """The folder for linear.pt: --out, the checkpoint's, or one in it with a name such as random,
+    finetune, probe-0.1 or random-finetune-0.1
+    """
+    parts = ["random"] if config.init == "random" and config.mode != "supervised" else []
+    parts += [config.mode] if config.mode != "probe" or config.labels < 1 else []
+    parts += [f"{config.labels:g}"] if config.labels < 1 else []
+    if kind == "linear" and not parts:
+        parts = ["probe"]  # beside it would be in its place
+    out = Path(config.out) if config.out else file.parent / "-".join(parts)
+    if (out / "linear.pt").resolve() == file.resolve():
+        raise Halt(f"--out {out}: would replace the checkpoint that is measured")
+    return out
+
+
+def read_data(config):
+    """load_data(), with the images whose labels are used. Of several rates the best is chosen on a
+    part of these, `held`, while the test set stays what it is.
+    """
+    several = len(config.lr) > 1
+    if several and not config.holdout:
+        raise Halt("--lr: to choose among several rates, keep images back with --holdout N")
+    kept = {"holdout": 0} if several else {}
+    data = load_data(SimpleNamespace(**vars(config) | kept))
     if len(data.about["classes"]) < 2:
         raise Halt(f"--data {config.data}: has only one class, there is nothing to tell apart")
-    torch.manual_seed(config.seed)
+    rows = choose_labels(data.y_train, config.labels, config.seed)
+    data.x_train, data.y_train = data.x_train[rows], data.y_train[rows]
+    if several:
+        data.held, data.rest = stratified(data.y_train, config.holdout, "--holdout")
+    digest = hashlib.sha256(json.dumps(rows.tolist()).encode()).hexdigest()
+    data.labels = {"n_labels": len(rows), "labels_sha256": digest}
+    return data
+
+
+def read_encoder(file, saved, config):
+    """The encoder to start from, on the CPU"""
+    torch.manual_seed(config.seed)  # of an untrained one
     try:
-        encoder = load_encoder(saved, random).to(device, memory_format=torch.channels_last)
+        return load_encoder(saved, random=config.init == "random")
     except Halt as halt:
         raise Halt(f"{file}: {halt}") from None
+
+
+def find_kept(path, config, last):
+    """The checkpoints that --probe-every asks for and that come before the epoch `last`"""
+    if not config.probe_every:
+        return []
+    names = [re.fullmatch(r"epoch(\d+)\.pt", file.name) for file in Path(path).glob("epoch*.pt")]
+    epochs = {int(name[1]): Path(path) / name[0] for name in names if name}
+    kept = [epochs[e] for e in sorted(epochs) if e % config.probe_every == 0 and e < last]
+    if not kept:
+        which = f"--probe-every {config.probe_every}: no checkpoint of such an epoch in {path}"
+        raise Halt(f"{which}; it takes a run's folder, pretrained with --keep-every")
+    return kept
+
+
+def read_along(path, head):
+    """The rows in along.jsonl, by epoch, if settings and data are those in head"""
+
+    def essence(head):
+        local = "checkpoints out data data_dir device probe_every".split()
+        config = {key: value for key, value in head["config"].items() if key not in local}
+        return json.dumps([head["method"], config, head["data"]["sha256"]], sort_keys=True)
+
+    try:
+        before, *rows = map(json.loads, path.read_text().splitlines())
+        return {row["epoch"]: row for row in rows} if essence(before) == essence(head) else {}
+    except (OSError, LookupError, TypeError, ValueError):  # none there, or a foreign file
+        return {}
+
+
+def measure(path, config):
+    """Measure a checkpoint, and with --probe-every the ones kept on the way to it."""
+    file, config = find_checkpoint(path), dataclasses.replace(config)
+    saved = load_checkpoint(file)
+    before, about = saved["config"], saved["data"]
+    if config.mode == "supervised":
+        config.init = "random"
+    out = output_folder(file, saved.get("kind"), config)
+    config.data, config.out = config.data or before["data"], str(out)
+    config.limit = config.limit or before["limit"]
+    config.holdout = config.holdout or before["holdout"]
+    pixels = dict(image_size=about["image_size"], mean=about["mean"], std=about["std"])
+    settings = SimpleNamespace(**dataclasses.asdict(config) | pixels)
+    device, dtype = start_device(config)
+    kept = find_kept(path, config, saved["epoch"])
+    data = read_data(settings)
+    for each in kept:  # what is wrong with them shows before the training
+        read_encoder(each, load_checkpoint(each), config)
+    read_encoder(file, saved, config)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "linear.pt.tmp").touch()
@@ -662,41 +869,93 @@ def measure(path, config):
     except OSError as error:
         raise Halt(f"--out {out}: {error.strerror}") from None
 
-    method = "random" if random else saved["method"]
-    what = f"epoch {saved['epoch']} of {saved['epochs']}" if not random else "untrained"
-    where = f"{data.about['n_train']} images of {config.data}"
-    print(f"probe of {saved['arch']}, {method}, {what}, trained on {where}")
+    base = dict(method=method_of(saved, config), config=dataclasses.asdict(config), data=data.about)
+    along = read_along(out / "along.jsonl", base)  # what an earlier command has measured
+    for each in [*kept, file]:
+        part = saved if each is file else load_checkpoint(each)
+        encoder = read_encoder(each, part, config).to(device, memory_format=torch.channels_last)
+        mark = fingerprint(encoder)
+        pretrain = {key: part[key] for key in ("method", "epoch", "epochs", "config")}
+        machine = describe_machine(device, dtype, config.seed)
+        head = base | dict(pretrain=pretrain, machine=machine)
+        if each is not file and along.get(part["epoch"], {}).get("encoder_sha256") == mark:
+            continue
+        what = f"epoch {part['epoch']} of {part['epochs']}"
+        what = "untrained" if config.init == "random" else what
+        where = f"{data.labels['n_labels']} images of {config.data}"
+        print(f"{config.mode} of {part['arch']}, {head['method']}, {what}, trained on {where}")
+        learned = learn(encoder, data, settings, device, dtype)
+        machine["seconds"] = learned.pop("seconds")
+        result = learned["result"]
+        text = ", ".join(f"{name} {100 * result[name]:.2f} %" for name in ("top1", "top3", "top5"))
+        text += f", loss {result['test_loss']:.4f} on {result['n_test']} images"
+        if each is file:
+            write_rows(out / "linear.jsonl", [head, *learned["history"], {"result": result}])
+            checkpoint = dict(format=FORMAT, kind="linear", **head, **learned)
+            checkpoint |= dict(epoch=config.epochs, epochs=config.epochs, arch=part["arch"])
+            checkpoint |= dict(width=part["width"], dim=encoder.dim, source=SOURCE)
+            save_checkpoint(out / "linear.pt", checkpoint)
+            text += f" -> {out / 'linear.pt'}"
+        if kept:
+            names = "top1 top3 top5 test_loss correct n_test".split()
+            row = {"epoch": part["epoch"], **{name: result[name] for name in names}}
+            along[part["epoch"]] = row | {"encoder_sha256": mark}
+            write_rows(out / "along.jsonl", [head, *(along[epoch] for epoch in sorted(along))])
+        print(text, flush=True)
+
+
+def method_of(saved, config):
+    if config.mode == "supervised":
+        return "supervised"
+    return "random" if config.init == "random" else saved["method"]
+
+
+def write_rows(path, rows):
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def evaluate(encoder, classifier, data, config, autocast):
+    """The result, on the test images: fractions, whole numbers of images, and each class's own."""
+    logits, labels = predict(encoder, classifier, data.x_test, config, autocast), data.y_test
+    result, n = score(logits, labels), len(labels)
+    correct = {name: round(result[name] * n) for name in ("top1", "top3", "top5")}
+    right = (logits.argmax(1) == labels).double()
+    per_class = [right[labels == c].mean().item() for c in range(logits.shape[1])]
+    per_class = [None if math.isnan(share) else share for share in per_class]  # no image of it
+    return result | {"n_test": n, "correct": correct, "per_class": per_class}
+
+
+def learn(encoder, data, config, device, dtype):
+    """Train and evaluate -> what a checkpoint says of it"""
 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    start, mark = time.monotonic(), fingerprint(encoder)
-    classifier, history = probe(encoder, data, settings, autocast)
-    result = evaluate(encoder, classifier, data, settings, autocast)
-    if fingerprint(encoder) != mark:
+    learns, start, mark = encoder_learns(config), time.monotonic(), fingerprint(encoder)
+    scaler = torch.amp.GradScaler(device.type, enabled=learns and dtype == torch.float16)
+    data = prepare(encoder, data, config, autocast)
+    more = dict(data.labels)
+    if len(config.lr) > 1:
+        best, more["rates"] = choose_rate(encoder, data, config, autocast, scaler)
+        for row in more["rates"]:
+            share = "diverged" if row["top1"] is None else f"top1 {100 * row['top1']:.2f} %"
+            taken = ", taken" if row["lr"] == best else ""
+            print(f"lr {row['lr']:g}: {share} on the {len(data.held)} images held out{taken}")
+        config = SimpleNamespace(**vars(config) | {"lr": (best,)})
+    (classifier,), history = train_linear(encoder, data, config, autocast, scaler)
+    result = evaluate(encoder, classifier, data, config, autocast) | {"lr": config.lr[0]} | more
+    if not learns and fingerprint(encoder) != mark:
         raise Halt("the encoder has changed, so this was no probe; please report it", 3)
-    machine = describe_machine(device, dtype, config.seed) | {"seconds": time.monotonic() - start}
-    pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
-    checkpoint = dict(format=FORMAT, kind="linear", method=method, epoch=config.epochs)
-    checkpoint |= dict(epochs=config.epochs, config=dataclasses.asdict(config), data=data.about)
-    checkpoint |= dict(arch=saved["arch"], width=saved["width"], dim=encoder.dim)
-    checkpoint |= dict(encoder=encoder.state_dict(), classifier=classifier.state_dict())
-    checkpoint |= dict(history=history, result=result, pretrain=pretrain, encoder_sha256=mark)
-    checkpoint |= dict(source=SOURCE, machine=machine)
-    head = {key: checkpoint[key] for key in ("method", "config", "data", "pretrain", "machine")}
-    rows = "".join(json.dumps(row) + "\n" for row in (head, *history, {"result": result}))
-    write_atomic(out / "linear.jsonl", rows.encode())
-    save_checkpoint(out / "linear.pt", checkpoint)
-    top = ", ".join(f"{name} {100 * result[name]:.2f} %" for name in ("top1", "top3", "top5"))
-    print(
-        f"{top}, loss {result['test_loss']:.4f} on {result['n_test']} images -> {out / 'linear.pt'}"
-    )
+    learned = dict(encoder=encoder.state_dict(), classifier=classifier.state_dict())
+    learned |= dict(history=history, result=result, encoder_sha256=fingerprint(encoder))
+    return learned | dict(seconds=time.monotonic() - start)
 
 
 def main(argv=None):
-    """Probe each checkpoint -> exit code"""
+    """Measure each checkpoint -> exit code"""
     try:
         config = parse_config(argv)
+        check_together(config)
         if not config.checkpoints:
             raise Halt("name at least one run folder or checkpoint, for example runs/moco")
         if config.out and len(config.checkpoints) > 1:

@@ -184,7 +184,7 @@ def build_projector(dim, config):
     loss, colours for one, the representation before it may keep (sec. 4.2).
     """
     if config.head == "linear":
-        return nn.Linear(dim, config.dim)
+        return nn.Sequential(nn.Linear(dim, config.dim))
     hidden = nn.Linear(dim, config.head_hidden)
     return nn.Sequential(hidden, nn.ReLU(), nn.Linear(config.head_hidden, config.dim))
 

@@ -1,9 +1,13 @@
 """linear_eval.py: the counting, the optimizer, a probe that is one (the encoder stays, bit by bit),
-what it writes, and what it refuses. Oracles C17, C19, C20, C27, C28 of correctness.md.
+fine-tuning, few labels, several rates, what it writes, and what it refuses. Oracles C17, C19, C20,
+C27, C28 of correctness.md.
 """
 
+import copy
+import hashlib
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,12 +192,22 @@ def fp32():
     return torch.autocast("cpu", enabled=False)
 
 
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def train(encoder, data, **changes):
+    """-> the layers, one for each rate, and the history"""
+    config = settings(**changes)
+    data = linear_eval.prepare(encoder, data, config, fp32)
+    return linear_eval.train_linear(encoder, data, config, fp32, UNSCALED)
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
         dict(),
-        dict(lr=10.0, schedule="cosine"),
-        dict(optimizer="lars", lr=30.0, schedule="cosine"),
+        dict(lr=(10.0,), schedule="cosine"),
+        dict(optimizer="lars", lr=(30.0,), schedule="cosine"),
     ],
     ids=["sgd step", "sgd cosine", "lars"],
 )
@@ -207,17 +221,16 @@ def test_probe_finds_the_optimum_of_logistic_regression(problem, recipe):
     peer = linear_model.LogisticRegression(C=1e6, max_iter=5000).fit(h, data.y_train)
     right = peer.score(h_test, data.y_test)
     assert 0.4 < right < 0.9  # a problem in which there is something to lose
-    _, history = linear_eval.probe(*problem, settings(**recipe), fp32)
+    _, history = train(*problem, **recipe)
     assert history[-1]["top1"] == pytest.approx(right, abs=0.005 + 1e-9)
 
 
 @pytest.mark.parametrize("batch_size", [7, 256, 1500])
 def test_logged_loss_is_the_mean_over_images_whatever_the_batch(problem, batch_size):
     """With rate 0 the classifier stands still, and the mean over ragged batches is that of all."""
-    config = settings(lr=0.0, epochs=1, batch_size=batch_size)
-    classifier, (row,) = linear_eval.probe(*problem, config, fp32)
+    (classifier,), (row,) = train(*problem, lr=(0.0,), epochs=1, batch_size=batch_size)
     encoder, data = problem
-    logits = classifier(linear_eval.extract_features(encoder, data.x_train, config, fp32))
+    logits = classifier(linear_eval.extract_features(encoder, data.x_train, settings(), fp32))
     assert row["loss"] == pytest.approx(F.cross_entropy(logits, data.y_train).item(), abs=1e-5)
 
 
@@ -226,14 +239,13 @@ def test_start_and_order_follow_from_the_seed_alone(problem):
     weights = []
     for drawn_before in (0, 7):
         torch.rand(drawn_before)
-        weights.append(linear_eval.probe(*problem, settings(epochs=1), fp32)[0].weight)
+        weights.append(train(*problem, epochs=1)[0][0].weight)
     assert torch.equal(*weights)
 
 
 def test_report_is_of_the_last_epoch_not_of_the_best(probe, monkeypatch):
-    real = linear_eval.learning_rate
     ruin = {0: 1.0, 1: 0.1, 2: -1e4}  # the last epoch climbs the loss instead
-    monkeypatch.setattr(linear_eval, "learning_rate", lambda c, epoch: real(c, 0) * ruin[epoch])
+    monkeypatch.setattr(linear_eval, "rate_at", lambda config, epoch: ruin[epoch])
     saved = probe("--lr", "1")
     last, best = saved["history"][-1], max(row["top1"] for row in saved["history"])
     assert last["top1"] < best
@@ -256,9 +268,18 @@ def test_only_the_linear_layer_is_in_the_optimizer(probe, monkeypatch):
     assert sum(sizes) == dim * 10 + 10
 
 
-@pytest.mark.parametrize("flags", [[], ["--augment"], ["--recipe", "fast-moco"]], ids=str)
+FROZEN = ["", "--augment", "--recipe fast-moco", "--optimizer adam --lr 0.01 --labels 0.5"]
+FROZEN += [
+    "--lr 1,10 --holdout 20",
+    "--recipe semi-1 --labels 0.1",
+    "--recipe semi-10 --mode probe",
+]
+FROZEN += ["--mode finetune --encoder-lr 0 --no-augment"]
+
+
+@pytest.mark.parametrize("flags", FROZEN)
 def test_encoder_is_bit_for_bit_the_pretrained_one(probe, pretrained, flags):
-    before, after = read(pretrained / "pretrain.pt")["encoder"], probe(*flags)["encoder"]
+    before, after = read(pretrained / "pretrain.pt")["encoder"], probe(*flags.split())["encoder"]
     assert before.keys() == after.keys() and any("running_mean" in name for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -365,9 +386,10 @@ def test_classifier_is_a_linear_layer_from_features_to_classes(linear):
     assert shapes == {"weight": (10, linear["dim"]), "bias": (10,)}
 
 
-def test_result_follows_from_the_saved_weights(linear, tiny_npz):
+@pytest.mark.parametrize("flags", [[], ["--mode", "finetune"]], ids=["probe", "finetune"])
+def test_result_follows_from_the_saved_weights(probe, flags, tiny_npz):
     """Recomputed from the file alone: counts are whole numbers of the 60 test images"""
-    arrays = np.load(tiny_npz)
+    linear, arrays = probe(*flags), np.load(tiny_npz)
     x = torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(linear["data"][name]).view(3, 1, 1) for name in ("mean", "std"))
     weight, bias = linear["classifier"].values()
@@ -428,14 +450,443 @@ def test_a_class_that_no_test_image_is_of_leaves_the_log_readable(probe, tmp_pat
         json.loads(row, parse_constant=no_constant)
 
 
-def test_recipes():
-    demo = dict(optimizer="sgd", lr=30.0, weight_decay=0.0, epochs=100, schedule="step")
-    report = demo | dict(lr=10.0, batch_size=128)
-    lars = dict(optimizer="lars", lr=0.8, batch_size=4096, epochs=90, schedule="cosine")
-    for recipe, right in {"demo": demo, "report": report, "fast-moco": lars}.items():
-        config = linear_eval.parse_config(["runs/a", "--recipe", recipe])
-        assert {name: getattr(config, name) for name in right} == right
-        assert config.sgd_momentum == 0.9 and config.mode == "probe" and not config.augment
+# -- with the encoder
+
+
+def by_hand(encoder, data, optimizer, epochs, batch):
+    """What fine-tuning is, written down once more: all learn, batch norm in training mode"""
+    torch.manual_seed(0)
+    classifier = nn.Linear(encoder.dim, 10)
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+    optimizer = optimizer(encoder.requires_grad_(True).train(), classifier)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(data.y_train)).split(batch):
+            h = encoder((data.x_train[rows] / 255 - 0.5) / 0.5)
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(h), data.y_train[rows]).backward()
+            optimizer.step()
+    return {**encoder.state_dict(), **classifier.state_dict()}
+
+
+def peers(encoder_lr, **settings):
+    """optimizer -> one of its kind with two groups, from the encoder and the classifier"""
+
+    def make(kind):
+        return lambda encoder, classifier: kind(
+            [{"params": classifier.parameters()}]
+            + [{"params": encoder.parameters(), "lr": encoder_lr}],
+            **settings,
+        )
+
+    return make
+
+
+SGD = dict(weight_decay=1e-3, momentum=0.8)
+FINE = {
+    "sgd": (dict(lr=(0.1,)), peers(0.02, lr=0.1, **SGD)(torch.optim.SGD)),
+    "nesterov": (
+        dict(lr=(0.1,), nesterov=True),
+        peers(0.02, lr=0.1, nesterov=True, **SGD)(torch.optim.SGD),
+    ),
+    "adam": (
+        dict(lr=(1e-3,), optimizer="adam"),
+        peers(2e-4, lr=1e-3, weight_decay=1e-3)(torch.optim.Adam),
+    ),
+    "lars": (dict(lr=(3.0,), optimizer="lars"), peers(0.6, lr=3.0, **SGD)(LARS)),
+}
+
+
+@pytest.fixture
+def images(tiny_npz):
+    arrays = np.load(tiny_npz)
+    data = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    data |= {name: data[name].permute(0, 3, 1, 2) for name in ("x_train", "x_test")}
+    return SimpleNamespace(**data, about={"classes": list("abcdefghij")})
+
+
+@pytest.mark.parametrize("kind", FINE)
+def test_finetuning_is_training_everything_each_part_at_its_rate(pretrained, images, kind):
+    changes, optimizer = FINE[kind]
+    encoder = load_encoder(read(pretrained / "pretrain.pt"))
+    right = by_hand(copy.deepcopy(encoder), images, optimizer, epochs=2, batch=50)
+    more = dict(mode="finetune", epochs=2, batch_size=50, encoder_lr=0.2, schedule="step")
+    more |= dict(weight_decay=1e-3, sgd_momentum=0.8, lr_decay=1.0) | changes
+    (classifier,), _ = train(encoder, images, **more)
+    for name, value in {**encoder.state_dict(), **classifier.state_dict()}.items():
+        assert torch.allclose(value, right[name], atol=2e-5), name
+
+
+def test_finetuning_changes_every_tensor_of_the_encoder(probe, pretrained):
+    before, saved = read(pretrained / "pretrain.pt")["encoder"], probe("--mode", "finetune")
+    assert saved["encoder"].keys() == before.keys() and saved["method"] == "moco"
+    assert not any(torch.equal(saved["encoder"][name], before[name]) for name in before)
+    encoder = load_encoder(saved)
+    assert linear_eval.fingerprint(encoder) == saved["encoder_sha256"]
+
+
+@pytest.mark.parametrize(
+    "mode, init", [("finetune", ""), ("finetune", "random"), ("supervised", "")]
+)
+def test_what_the_encoder_starts_from(probe, pretrained, mode, init):
+    """At rate 0 the weights show where they came from, and batch norm that it is in training."""
+    flags = ["--mode", mode, "--lr", "0", *(["--init", init] if init else [])]
+    saved, source = probe(*flags, "--seed", "3"), read(pretrained / "pretrain.pt")
+    torch.manual_seed(3)
+    start = load_encoder(source, random=bool(init) or mode == "supervised").state_dict()
+    for name, value in saved["encoder"].items():
+        moved = "running" in name or "batches" in name
+        assert torch.equal(value, start[name]) != moved, name
+    methods = {("finetune", ""): "moco", ("finetune", "random"): "random"}
+    assert saved["method"] == methods.get((mode, init), "supervised")
+
+
+def test_finetuning_again_gives_the_same_to_the_last_bit(probe):
+    one, two = (probe("--mode", "finetune", "--labels", "0.5") for _ in range(2))
+    assert one["encoder_sha256"] == two["encoder_sha256"] and one["result"] == two["result"]
+
+
+@pytest.mark.parametrize("mode", ["finetune", "supervised"])
+def test_each_mode_learns_with_the_recipe_of_its_name(probe, mode):
+    flags = ["--mode", mode, "--epochs", "20", "--batch-size", "20"]
+    assert probe(*flags)["result"]["top1"] > 0.3  # of 10 classes
+
+
+@pytest.mark.parametrize("flags", [["--mode", "finetune"], ["--augment"]])  # one by its recipe
+def test_the_augmentation_is_drawn_anew_for_each_batch(probe, spy, flags):
+    views = spy(linear_eval, "crop_and_flip")
+    probe(*flags, "--crop-scale", "0.3,0.9")
+    assert [len(x) for (x, _), _ in views] == [50, 50, 20] * 3
+    assert views[0][0][1].crop_scale == (0.3, 0.9)
+    views.clear()
+    probe(*flags, "--no-augment")
+    assert not views
+
+
+# -- few labels
+
+
+def sha(rows):
+    return hashlib.sha256(json.dumps(rows.tolist()).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("share, each", [(0.1, 50), (0.01, 5), (0.5, 250), (0.999, 500)])
+def test_labels_are_equally_many_of_each_class(share, each):
+    labels = torch.arange(5000) % 10
+    rows = linear_eval.choose_labels(labels, share, 0)
+    assert labels[rows].bincount().tolist() == [each] * 10
+    assert (rows.diff() > 0).all()  # sorted, each once
+
+
+def test_labels_all_of_them():
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2])
+    assert linear_eval.choose_labels(labels, 1.0, 5).tolist() == list(range(10))
+
+
+def test_labels_of_a_small_class_are_taken_as_far_as_there_are():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    assert labels[linear_eval.choose_labels(labels, 0.5, 0)].bincount().tolist() == [40, 10]
+
+
+def test_labels_follow_from_the_seed_alone():
+    """Pinned: no generator, device or version has a say. 1 % is a part of 10 %."""
+    labels = torch.arange(5000) % 10
+    rows = linear_eval.choose_labels(labels, 0.1, 0)
+    assert sha(rows) == "84a7adbedade3f6a31a6a66ef4f0dcbb13b4bf568de6fac2eed921c94e857cec"
+    other = linear_eval.choose_labels(labels, 0.1, 1)
+    assert 20 < len(set(rows.tolist()) & set(other.tolist())) < 100  # of 500, by chance 50
+    assert set(linear_eval.choose_labels(labels, 0.01, 0).tolist()) < set(rows.tolist())
+
+
+@pytest.mark.parametrize("mode", ["probe", "finetune", "supervised"])
+def test_every_mode_learns_from_the_same_labels(probe, images, spy, mode):
+    used = spy(linear_eval, "prepare")
+    saved = probe("--mode", mode, "--labels", "0.5", "--seed", "2")
+    rows = linear_eval.choose_labels(images.y_train, 0.5, 2)
+    assert saved["result"]["n_labels"] == 60 and saved["result"]["labels_sha256"] == sha(rows)
+    (_, data, *_), _ = used[0]
+    assert torch.equal(data.x_train, images.x_train[rows])
+    assert torch.equal(data.y_train, images.y_train[rows])
+    assert saved["result"]["n_test"] == 60 and saved["config"]["labels"] == 0.5
+
+
+def test_labels_are_a_share_of_what_holdout_and_limit_leave(probe):
+    saved = probe("--labels", "0.5", "--holdout", "40", "--limit", "60")
+    assert (saved["result"]["n_labels"], saved["result"]["n_test"]) == (30, 40)
+
+
+# -- several rates
+
+
+def test_several_rates_are_as_many_trainings_of_their_own(problem):
+    rates = (30.0, 0.1, 3.0)
+    for more in (dict(), dict(optimizer="lars"), dict(optimizer="adam", lr_decay=0.5)):
+        layers, history = train(*problem, lr=rates, epochs=5, **more)
+        assert len(layers) == 3 and history == []
+        for rate, layer in zip(rates, layers):
+            (alone,), _ = train(*problem, lr=(rate,), epochs=5, **more)
+            close(layer.weight, alone.weight, 1e-6)
+            close(layer.bias, alone.bias, 1e-6)
+
+
+def test_the_rate_that_is_best_on_the_holdout_is_taken(probe, images, capsys):
+    saved = probe("--lr", "0.0001,0.3,3", "--holdout", "40")
+    rates, result = saved["result"]["rates"], saved["result"]
+    assert [row["lr"] for row in rates] == [0.0001, 0.3, 3.0]
+    assert result["lr"] == max(rates, key=lambda row: row["top1"])["lr"] != 0.0001
+    for row in rates:  # the same as probes of that rate that are evaluated on the holdout
+        alone = probe("--lr", str(row["lr"]), "--holdout", "40")["result"]
+        assert row["top1"] == alone["top1"] and alone["n_test"] == 40
+    # then anew on all images, and on the test set
+    anew = probe("--lr", str(result["lr"]))
+    assert torch.equal(saved["classifier"]["weight"], anew["classifier"]["weight"])
+    assert result["top1"] == anew["result"]["top1"] and result["n_test"] == 60
+    assert saved["data"]["holdout"] == 0  # so what was evaluated on is called the test set
+    text = capsys.readouterr().out
+    assert all(f"lr {row['lr']:g}: top1 {100 * row['top1']:.2f} %" in text for row in rates)
+
+
+def test_rates_are_in_the_log(probe, tmp_path):
+    saved = probe("--lr", "1,3", "--holdout", "40", folder=tmp_path)
+    *_, end = map(json.loads, open(tmp_path / "linear.jsonl"))
+    assert end["result"]["rates"] == saved["result"]["rates"] and len(end["result"]["rates"]) == 2
+
+
+def test_the_choice_does_not_see_the_test_set(probe, tiny_npz, tmp_path):
+    arrays = dict(np.load(tiny_npz))
+    arrays |= {"y_test": (arrays["y_test"] + 1) % 10, "x_test": 255 - arrays["x_test"]}
+    np.savez(tmp_path / "other.npz", **arrays)
+    flags = ["--lr", "0.0001,0.1,1,10", "--holdout", "40"]
+    one, two = probe(*flags), probe(*flags, "--data", str(tmp_path / "other.npz"))
+    assert one["result"]["rates"] == two["result"]["rates"]
+    assert torch.equal(one["classifier"]["weight"], two["classifier"]["weight"])
+    assert one["result"]["test_loss"] != two["result"]["test_loss"]
+
+
+def test_a_rate_that_diverges_loses(probe, capsys):
+    result = probe("--lr", "1e38,1", "--holdout", "40")["result"]
+    assert result["lr"] == 1 and result["rates"][0] == {"lr": 1e38, "top1": None}
+    assert result["rates"][1]["top1"] == probe("--lr", "1", "--holdout", "40")["result"]["top1"]
+    assert "lr 1e+38: diverged" in capsys.readouterr().out
+
+
+def test_rates_that_all_diverge_are_code_3(pretrained, tmp_path, refused):
+    flags = [pretrained, "--out", tmp_path, *SHORT, "--lr", "1e38,9e37", "--holdout", "20"]
+    refused(linear_eval.main, flags, "at each rate", code=3)
+
+
+def test_the_holdout_is_a_part_of_the_labelled_images(probe, spy):
+    parts = spy(linear_eval, "train_linear")
+    probe("--lr", "1,3", "--holdout", "20", "--labels", "0.5")
+    assert [len(data.y_train) for (_, data, *_), _ in parts] == [40, 60]
+
+
+# -- recipes
+
+DEMO = dict(mode="probe", labels=1.0, epochs=100, batch_size=256, lr=(30.0,), weight_decay=0.0)
+DEMO |= dict(optimizer="sgd", nesterov=False, sgd_momentum=0.9, encoder_lr=1.0, augment=False)
+DEMO |= dict(schedule="step", lr_decay=0.1, crop_scale=(0.08, 1.0), holdout=0, init="pretrained")
+SEMI = dict(mode="finetune", lr=(0.05,), nesterov=True, lr_decay=0.2, augment=True)
+RESNET = dict(crop_scale=(0.2, 1.0), batch_size=128, weight_decay=5e-4, nesterov=True)
+RESNET |= dict(schedule="cosine", augment=True)
+SIMCLR = dict(labels=0.1, epochs=50, batch_size=200, optimizer="adam", lr=(1e-3,), lr_decay=1.0)
+SIMCLR |= dict(weight_decay=1e-5, augment=True)
+RECIPES = {
+    "": {},
+    "--recipe demo": {},
+    "--recipe report": dict(lr=(10.0,), batch_size=128),
+    "--recipe fast-moco": dict(
+        optimizer="lars", lr=(0.8,), batch_size=4096, epochs=90, schedule="cosine"
+    ),
+    "--recipe simclr-report": SIMCLR,
+    "--recipe simclr-report --mode finetune": SIMCLR | dict(mode="finetune"),
+    "--recipe semi-1": SEMI | dict(labels=0.01, epochs=60, encoder_lr=0.0),
+    "--recipe semi-10": SEMI | dict(labels=0.1, epochs=20, encoder_lr=pytest.approx(1e-6 / 0.05)),
+    "--recipe semi-1 --mode probe --no-augment --lr 1,2": SEMI
+    | dict(labels=0.01, epochs=60, encoder_lr=0.0, mode="probe", augment=False, lr=(1.0, 2.0)),
+    "--mode finetune": RESNET | dict(mode="finetune", lr=(0.05,), epochs=50),
+    "--mode supervised": RESNET | dict(mode="supervised", lr=(0.1,), epochs=100),
+    "--mode finetune --epochs 7 --no-augment": RESNET
+    | dict(mode="finetune", lr=(0.05,), epochs=7, augment=False),
+}
+
+
+@pytest.mark.parametrize("flags", RECIPES)
+def test_recipes(flags):
+    """Each number, those that a recipe leaves alone included"""
+    config = vars(linear_eval.parse_config(["runs/a", *flags.split()]))
+    assert {name: config[name] for name in DEMO} == DEMO | RECIPES[flags]
+    linear_eval.check_together(Config(**config))
+
+
+@pytest.mark.parametrize(
+    "schedule, right",
+    [
+        (dict(schedule="step"), [1, 1, 1, 0.1, 0.01]),
+        (dict(schedule="step", lr_decay=0.2), [1, 1, 1, 0.2, 0.04]),
+        (dict(schedule="step", lr_decay=1.0), [1] * 5),
+        (dict(schedule="cosine"), [1, 0.9045085, 0.6545085, 0.3454915, 0.0954915]),
+    ],
+)
+def test_the_rate_in_each_epoch(problem, schedule, right):
+    _, history = train(*problem, epochs=5, lr=(2.0,), **schedule)
+    assert [row["lr"] for row in history] == pytest.approx([2 * share for share in right])
+
+
+def test_the_schedule_reaches_every_group(pretrained, images, monkeypatch):
+    rates = []
+
+    class Spy(torch.optim.SGD):
+        def step(self):
+            rates.append([group["lr"] for group in self.param_groups])
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    encoder = load_encoder(read(pretrained / "pretrain.pt"))
+    more = dict(mode="finetune", encoder_lr=0.01, lr_decay=0.2, epochs=5, batch_size=120)
+    train(encoder, images, lr=(5.0,), **more)
+    right = [[5 * share, 0.05 * share] for share in (1, 1, 1, 0.2, 0.04)]
+    assert torch.allclose(torch.tensor(rates), torch.tensor(right))
+
+
+# -- where it writes, and what it takes
+
+
+def place(source, folder, **changes):
+    """A run's folder with a pretrain.pt, its entries changed"""
+    folder.mkdir(exist_ok=True)
+    torch.save(read(source / "pretrain.pt") | changes, folder / "pretrain.pt")
+    return folder
+
+
+FOLDERS = {
+    "": "",
+    "--init random": "random",
+    "--mode finetune": "finetune",
+    "--mode finetune --labels 0.1": "finetune-0.1",
+    "--labels 0.1": "probe-0.1",
+    "--labels 0.5 --init random": "random-probe-0.5",
+    "--mode finetune --init random": "random-finetune",
+    "--mode finetune --init random --labels 0.1": "random-finetune-0.1",
+    "--mode supervised": "supervised",
+    "--mode supervised --init random --labels 0.1": "supervised-0.1",
+    "--lr 1,3 --holdout 20": "",
+}
+
+
+@pytest.mark.parametrize("flags", FOLDERS)
+def test_default_folders(pretrained, tmp_path, flags):
+    run = place(pretrained, tmp_path / "run")
+    assert linear_eval.main([str(run), *flags.split(), "--epochs", "0"]) == 0
+    files = [path.relative_to(run) for path in run.rglob("linear.*")]
+    assert {str(path.parent) for path in files} == {FOLDERS[flags] or "."} and len(files) == 2
+
+
+@pytest.mark.parametrize("method", ["simclr", "fast-moco"])
+@pytest.mark.parametrize("mode", ["probe", "finetune", "supervised"])
+def test_checkpoints_of_every_method_and_kind_go_through_every_mode(
+    pretrained, tmp_path, method, mode
+):
+    run, flags = place(pretrained, tmp_path / "run", method=method), ["--mode", mode]
+    flags += ["--epochs", "0"]
+    assert linear_eval.main([str(run), "--out", str(tmp_path / "tuned"), *flags]) == 0
+    first = read(tmp_path / "tuned" / "linear.pt")
+    assert first["method"] == (method if mode != "supervised" else "supervised")
+    assert linear_eval.main([str(tmp_path / "tuned" / "linear.pt"), *flags]) == 0
+    again = read(tmp_path / "tuned" / mode / "linear.pt")
+    assert again["method"] == first["method"] and again["pretrain"]["config"] == first["config"]
+    assert read(tmp_path / "tuned" / "linear.pt")["encoder_sha256"] == first["encoder_sha256"]
+
+
+def test_a_checkpoint_is_not_replaced_by_its_own_probe(written, tmp_path, refused):
+    shutil.copy(written / "linear.pt", tmp_path)
+    before = (tmp_path / "linear.pt").read_bytes()
+    refused(linear_eval.main, [tmp_path / "linear.pt", "--out", tmp_path, *SHORT], "--out")
+    assert (tmp_path / "linear.pt").read_bytes() == before
+
+
+# -- along the epochs
+
+
+@pytest.fixture
+def kept(pretrained, tmp_path):
+    """A run of 6 epochs that kept each one, the last too; the encoders differ"""
+    run = place(pretrained, tmp_path / "kept", epoch=6, epochs=6)
+    last = read(run / "pretrain.pt")
+    for epoch in range(1, 7):
+        torch.manual_seed(epoch)
+        encoder = load_encoder(last, random=True).state_dict()
+        torch.save(last | dict(epoch=epoch, encoder=encoder), run / f"epoch{epoch:04d}.pt")
+    return run
+
+
+def along(run, *flags):
+    """probe_every 2 -> the rows, and how many encoders were trained on"""
+    calls, real = [], linear_eval.learn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_eval, "learn", lambda *args: calls.append(1) or real(*args))
+        assert linear_eval.main([str(run), "--probe-every", "2", *SHORT, *flags]) == 0
+    _, *rows = map(json.loads, open(run / "along.jsonl"))
+    return rows, len(calls)
+
+
+def test_along_has_a_row_for_each_kept_epoch_and_the_last(kept, tmp_path):
+    rows, trained = along(kept)
+    assert [row["epoch"] for row in rows] == [2, 4, 6] and trained == 3
+    head = json.loads(open(kept / "along.jsonl").readline())
+    assert {"method", "config", "data", "pretrain", "machine"} <= head.keys()
+    files = [kept / name for name in ("epoch0002.pt", "epoch0004.pt", "pretrain.pt")]
+    for row, file in zip(rows, files):  # as each measured by itself
+        out = tmp_path / file.stem
+        assert linear_eval.main([str(file), "--out", str(out), *SHORT]) == 0
+        alone = read(out / "linear.pt")["result"]
+        for name in ("top1", "top3", "top5", "test_loss", "correct", "n_test"):
+            assert row[name] == alone[name]
+    last = read(kept / "linear.pt")
+    assert last["result"]["test_loss"] == rows[-1]["test_loss"] and last["pretrain"]["epoch"] == 6
+    assert len({row["test_loss"] for row in rows}) == 3
+
+
+def test_along_goes_on_after_an_interruption(kept, monkeypatch):
+    real, calls = linear_eval.learn, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(linear_eval, "learn", interrupted)
+        assert linear_eval.main([str(kept), "--probe-every", "2", *SHORT]) == 130
+    _, row = map(json.loads, open(kept / "along.jsonl"))
+    rows, trained = along(kept)
+    assert trained == 2 and rows[0] == row and [row["epoch"] for row in rows] == [2, 4, 6]
+    assert along(kept) == (rows, 1)  # the last one is measured each time, as it always is
+
+
+def test_along_does_not_take_the_rows_of_others(kept):
+    before, _ = along(kept)
+    rows, trained = along(kept, "--lr", "1")  # of other settings
+    assert trained == 3 and rows != before
+    other = read(kept / "epoch0004.pt") | {"encoder": read(kept / "epoch0003.pt")["encoder"]}
+    torch.save(other, kept / "epoch0004.pt")
+    again, trained = along(kept, "--lr", "1")
+    assert trained == 2 and [one == two for one, two in zip(rows, again)] == [True, False, True]
+    (kept / "along.jsonl").write_text("not json")
+    assert along(kept, "--lr", "1")[1] == 3
+
+
+def test_along_with_finetuning_goes_into_its_folder(kept):
+    flags = ["--probe-every", "4", "--mode", "finetune", *SHORT]
+    assert linear_eval.main([str(kept), *flags]) == 0
+    assert len(open(kept / "finetune" / "along.jsonl").readlines()) == 3
+    assert not (kept / "linear.pt").exists() and (kept / "finetune" / "linear.pt").exists()
+
+
+def test_a_kept_checkpoint_that_is_damaged_is_found_before_the_training(kept, refused):
+    cut((kept / "epoch0004.pt").read_bytes(), kept / "epoch0004.pt")
+    refused(linear_eval.main, [kept, "--probe-every", "2", *SHORT], "epoch0004.pt")
+    assert not (kept / "along.jsonl").exists()
 
 
 # -- what it refuses: one line, code 2
@@ -455,7 +906,7 @@ def test_recipes():
         (["--sgd-momentum", "2"], "--sgd-momentum"),
         (["--weight-decay", "-1"], "--weight-decay"),
         (["--crop-scale", "1,0.5"], "--crop-scale"),
-        (["--optimizer", "adam"], "adam"),
+        (["--optimizer", "adamw"], "adamw"),
         (["--mode", "magic"], "magic"),
         (["--init", "imagenet"], "imagenet"),
         (["--epoch", "3"], "--epoch"),  # no abbreviations
@@ -463,12 +914,30 @@ def test_recipes():
         (["--data", "/no/such/data"], "/no/such/data"),
         (["--limit", "1000"], "1000"),
         (["--holdout", "120"], "120"),
+        (["--labels", "0"], "--labels 0:"),
+        (["--labels", "1.5"], "--labels 1.5:"),
+        (["--labels", "1e-9"], "--labels 1e-09:"),
+        (["--labels", "0.04"], "less than one of each class"),
+        (["--lr", "1,3"], "--holdout"),
+        (["--lr", "1,nan", "--holdout", "20"], "--lr"),
+        (["--lr", "1,3", "--holdout", "20", "--mode", "finetune"], "--mode probe"),
+        (["--lr", "1,3", "--holdout", "20", "--augment"], "--augment"),
+        (["--lr", "1,3", "--holdout", "60", "--labels", "0.5"], "--holdout 60"),
+        (["--lr", "1e39"], "--lr"),
+        (["--mode", "finetune", "--encoder-lr", "1e40"], "--encoder-lr"),
+        (["--encoder-lr", "-1"], "--encoder-lr"),
+        (["--mode", "supervised", "--encoder-lr", "0"], "--encoder-lr 0"),
+        (["--lr-decay", "2"], "--lr-decay"),
+        (["--nesterov", "--sgd-momentum", "0"], "--nesterov"),
+        (["--probe-every", "1"], "--keep-every"),
+        (["--probe-every", "1", "--init", "random"], "--probe-every"),
+        (["--probe-every", "1", "--mode", "supervised"], "--probe-every"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_flags(pretrained, tmp_path, refused, flags, says):
     refused(linear_eval.main, [pretrained, "--out", tmp_path / "out", *SHORT, *flags], says)
-    assert not (tmp_path / "out" / "linear.pt").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_checkpoint_named(refused):
