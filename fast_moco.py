@@ -153,18 +153,14 @@ def augment(images, recipe):
 
 # %% Divide and combine
 def divide(x, grid=2):
-    """A view into patches, column by column: (N, C, H, W) -> (grid**2 N, C, H/grid, W/grid), first
-    the upper left ones of all images, then those below them...
+    """(N, C, H, W) -> patches (grid**2 N, C, H/grid, W/grid): the upper left ones of all images,
+    then those below them...
     """
-    if x.shape[2] % grid or x.shape[3] % grid:
-        raise Halt(f"--image-size {x.shape[3]} must be a multiple of --grid {grid}")
     return torch.cat([patch for column in x.chunk(grid, 3) for patch in column.chunk(grid, 2)])
 
 
 def combine(v, parts=4, n=2):
-    """Means of all n of the patches of an image: (parts N, D) -> (C(parts, n) N, D), first the mean
-    of the first n patches of all images...
-    """
+    """Means of any n patches of an image: (parts N, D) -> (C(parts, n) N, D), the first n first"""
     v = v.unflatten(0, (parts, -1))  # (parts, N, D)
     return torch.cat([v[list(some)].mean(0) for some in combinations(range(parts), n)])
 
@@ -284,10 +280,8 @@ def train(config, run):
     # the predictor is a group of its own, whose rate stays: it is to be ahead of what it predicts
     groups = [{"params": model.online[:2].parameters()}, {"params": model.online[2].parameters()}]
     how = dict(lr=config.lr, weight_decay=config.weight_decay, foreach=True)
-    if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, **how)
-    else:
-        optimizer = torch.optim.SGD(groups, momentum=config.sgd_momentum, **how)
+    sgd = torch.optim.SGD(groups, momentum=config.sgd_momentum, **how)
+    optimizer = sgd if config.optimizer == "sgd" else torch.optim.AdamW(groups, **how)
     run.resume(model, model.online, optimizer)
     samples = config.grid**2 * config.full_crops if config.encode.startswith("sample") else 0
     for _, images in run.batches():  # images (N, 3, H, W) uint8, on the device
@@ -412,8 +406,8 @@ class Queue(nn.Module):
 
 def check_variant(config):
     """Halt if the settings of the method do not go together."""
-    if config.encode in ("divide", "divide-combine", "montage"):
-        divide(torch.empty(1, 3, config.image_size, config.image_size), config.grid)
+    if config.encode != "whole" and config.image_size % config.grid:
+        raise Halt(f"--image-size {config.image_size} must be a multiple of --grid {config.grid}")
     if config.parts_combined > config.grid**2:
         raise Halt(f"--parts-combined {config.parts_combined}: of {config.grid**2} patches")
     plain = (config.encode, config.grid, config.parts_combined) == ("divide-combine", 2, 2)
@@ -839,6 +833,22 @@ def average(tensors):
         tensor /= process_count()
 
 
+def in_first(action):
+    """Do it in the first process alone -> its result, in all; where it halts, all halt."""
+    if not dist.is_initialized():
+        return action()
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Halt as halt:
+            outcome[1] = halt
+    dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise outcome[1]
+    return outcome[0]
+
+
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record."""
     folder = str(Path(__file__).parent) if "__file__" in globals() else "."
@@ -916,9 +926,16 @@ class Run:
         self.config, self.out = config, Path(config.out)
         self.device, self.dtype = start_device(config)
         self.first = not dist.is_initialized() or dist.get_rank() == 0  # the process that writes
-        self.data = load_data(config)
+
+        def load():
+            self.data = load_data(config)
+
+        in_first(load)  # fetches the images, or makes a cache of them
+        if not self.first:
+            load()
         if not config.batch_size:
-            config.batch_size = largest_batch(config, self.device, self.dtype)
+            most = largest_batch(config, self.device, self.dtype)
+            config.batch_size = min(most, 2 ** int(math.log2(len(self.data.x_train))))
             print(f"--batch-size {config.batch_size} is what the memory of {self.device} allows")
         for flag, n in (("--batch-size", config.batch_size), ("--knn-k", config.knn_k)):
             if n > len(self.data.x_train):
@@ -945,13 +962,14 @@ class Run:
         """
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
-        if self.first:
+
+        def take_folder():
             self.lock = lock_folder(self.out)  # until this process ends
             for pattern in ("pretrain.*", "last.pt", "prev.pt", "epoch*.pt"):
                 for path in self.out.glob(pattern) if self.config.restart else ():
                     path.unlink()
-        if dist.is_initialized():
-            dist.barrier()
+
+        in_first(take_folder)
         self.clock = self.saved = self.shown = time.monotonic()
         trouble = None
         for path in (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt")):
@@ -1001,7 +1019,6 @@ class Run:
 
     def checkpoint(self):
         """What a checkpoint holds: see docs/checkpoint.md."""
-        average([b for b in self.model.buffers() if b.is_floating_point()])
         self.about["machine"]["seconds"] = self.elapsed()
         state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         state |= dict(scaler=self.scaler.state_dict(), step=self.step, loss=self.loss)
@@ -1014,20 +1031,24 @@ class Run:
         checkpoint = self.checkpoint()
         if name != "last.pt":
             del checkpoint["train_state"]
-        try:
-            if self.first:
+
+        def write():
+            try:
                 previous = self.out / "prev.pt" if name == "last.pt" else None
                 save_checkpoint(self.out / name, checkpoint, previous)
                 self.log()
+            except OSError as error:
+                self.failures += 1
+                message = f"{self.out / name}: cannot be written, {error.strerror}"
+                if self.step == 0 or self.failures == 3:
+                    raise Halt(message, 4 if self.step else 2) from None
+                print(f"warning: {message}; trying again later", file=sys.stderr)
+                return False
             self.failures = 0
-        except OSError as error:
-            self.failures += 1
-            message = f"{self.out / name}: cannot be written, {error.strerror}"
-            if self.step == 0 or self.failures == 3:
-                raise Halt(message, 4 if self.step else 2) from None
-            print(f"warning: {message}; trying again later", file=sys.stderr)
+            return True
+
         self.saved = time.monotonic()
-        return not self.failures
+        return in_first(write)
 
     def on_signal(self, number, frame):
         if self.signal:  # the second time: at once
@@ -1068,6 +1089,8 @@ class Run:
             yield epoch, self.images[order[i * size : (i + 1) * size]]
             self.step += 1
             self.bar.update()
+            if self.step % 10 == 0 or i + 1 == self.steps:
+                self.level()
             if i + 1 == self.steps:
                 self.finish_epoch(epoch + 1)
             if process_count() == 1 or self.step % 10 == 0:
@@ -1091,6 +1114,13 @@ class Run:
         self.optimizer.zero_grad()
         self.loss += loss.detach()
 
+    def level(self):
+        """What differs between the processes becomes their mean. At fixed steps, not when it saves,
+        or else the rounding would tell when that was.
+        """
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        average([self.loss, *(b for m in norms for b in (m.running_mean, m.running_var))])
+
     def look_around(self):
         """Between steps, by the clock: is the loss a number? Is it time to save, or to stop?"""
         now = time.monotonic()
@@ -1109,7 +1139,7 @@ class Run:
 
     def mean_loss(self, steps):
         """Of this epoch's first steps; the one place where training waits for the device."""
-        average([loss := self.loss / steps])
+        loss = self.loss / steps
         if not loss.isfinite():
             raise Halt(f"the loss is {loss:.3g} at step {self.step}: lower --lr, and --restart", 3)
         return float(loss)
@@ -1120,7 +1150,6 @@ class Run:
         row = {"epoch": epoch, "loss": self.mean_loss(self.steps)}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
         if not left or config.knn_every and epoch % config.knn_every == 0:
-            average([b for b in self.model.buffers() if b.is_floating_point()])
             knn = knn_accuracy(self.encoder, self.data, config, self.autocast, config.knn_k)
             row["knn_top1"] = knn
         self.loss.zero_()

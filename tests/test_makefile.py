@@ -23,7 +23,9 @@ while [ "$1" ]; do
     case $1 in
         linear_eval.py) file=linear.pt; out=$2 ;;
         knn_monitor.py) file=knn.jsonl; out=$2 ;;
-        moco_cifar.py) file=pretrain.pt ;;
+        moco_cifar.py | simclr.py | fast_moco.py) file=pretrain.pt ;;
+        --report) file=report.md ;;
+        --ablation) file=ablation-$2.md ;;
         plots.py) file=table.md ;;
         random) if [ "$file" = linear.pt ]; then out=$out/random; fi ;;
         --out) out=$2 ;;
@@ -53,7 +55,8 @@ def tree(tmp_path):
 @pytest.fixture
 def make(tree):
     """make(*arguments) -> the ended process; PYTHON is the fake one unless told otherwise"""
-    own = "MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES PYTHON DATA EPOCHS SEED ARGS VENV".split()
+    own = "MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES PYTHON DATA EPOCHS SEED SEEDS ARGS EVAL".split()
+    own += "METHOD NAME VENV".split()
 
     def run(*argv, python="./python"):
         environment = {key: value for key, value in os.environ.items() if key not in own}
@@ -135,7 +138,7 @@ def test_the_parameters_reach_pretraining_and_stand_in_the_path(make):
 def test_all_of_the_baselines_are_measured(make):
     lines = planned(make("-n", *CHAIN))
     for end in ("--init random", "--baseline pixels", "--baseline random"):
-        assert sum(line.endswith(f"runs/{RUN} {end}") for line in lines) == 1, end
+        assert sum(line.rstrip().endswith(f"runs/{RUN} {end}") for line in lines) == 1, end
 
 
 def test_the_defaults(make):
@@ -251,6 +254,71 @@ def test_two_jobs_do_the_same_work(tree, make, calls, target):
 def test_a_run_goes_on_under_the_folder_of_the_run(make):
     """The target is what is written last, never the state of a run under way."""
     assert "last.pt" not in (ROOT / "Makefile").read_text()
+
+
+# the other methods, and the documents' experiments
+SCRIPT = {"moco": "moco_cifar.py", "simclr": "simclr.py", "fast-moco": "fast_moco.py"}
+
+
+@pytest.mark.parametrize("method", SCRIPT)
+def test_every_method_has_its_chain_and_its_demo(make, method):
+    for target, run in (
+        [[f"cifar-{method}", "EPOCHS=3"], f"cifar-{method}-3ep-seed0"],
+        [["demo", f"METHOD={method}"], f"demo-{method}-seed0"],
+    ):
+        lines = planned(make("-n", *target))
+        (pretrain,) = (line for line in lines if f" {SCRIPT[method]} " in line)
+        assert f"--out runs/{run} " in pretrain + " "
+        assert lines[-1].startswith(f"./python plots.py runs/{run} ")
+
+
+def test_the_report_on_simclr_has_all_of_table_1(make):
+    lines = planned(make("-n", "report-simclr", "EPOCHS=10", "ARGS=--arch resnet8"))
+    run = "report-simclr-10ep-seed0-arch-resnet8"
+    assert "simclr.py --recipe report " in lines[0] and "--keep-every 2 " in lines[0]
+    evaluations = {line.split(f"runs/{run} ")[1].rstrip() for line in lines if "linear_" in line}
+    how = "--recipe simclr-report --mode"
+    assert evaluations == {
+        f"{how} probe --probe-every 2",
+        f"{how} finetune --probe-every 2",
+        f"{how} probe --init random",
+        f"{how} finetune --init random",
+        f"{how} supervised",
+        f"{how} supervised --labels 1",
+    }
+    assert lines[-1] == f"./python plots.py runs/{run} --out figures/{run} --report"
+
+
+def test_the_report_on_moco_uses_its_recipes_and_epochs(make):
+    lines = planned(make("-n", "report-moco"))
+    assert "--recipe report --data 'cifar10' --epochs 100 " in lines[0]
+    probes = [line for line in lines if "linear_eval.py" in line]
+    assert len(probes) == 2 and all("--recipe report" in line for line in probes)
+
+
+@pytest.mark.parametrize("recipe, name", [("fast-moco", "linear"), ("semi-1", "semi-1")])
+def test_fast_mocos_own_evaluations(make, recipe, name):
+    run = "runs/cifar-fast-moco-200ep-seed0"
+    last = planned(make("-n", f"fast-moco-{name}"))[-1]
+    assert last.rstrip() == f"./python linear_eval.py {run} --recipe {recipe} --out {run}/{recipe}"
+
+
+ABLATIONS = {"stage": 7, "encode": 6, "frameworks": 8, "parts": 4, "batch": 3}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_is_a_run_for_each_value_and_seed(make, calls, name):
+    """All differ in one flag; one figure and one table come at the end; nothing runs twice."""
+    settings = [f"ablate-{name}", "SEEDS=0 1", "EPOCHS=2", "ARGS=--width 4"]
+    lines = calls(*settings)
+    runs = [line for line in lines if line.startswith("fast_moco.py")]
+    folders = {re.search(r"--out (\S+)", line)[1] for line in runs}
+    assert len(runs) == len(folders) == 2 * ABLATIONS[name]
+    flags = {re.sub(r" --(out|seed) \S+", "", line) for line in runs}
+    assert len(flags) == ABLATIONS[name]
+    last = shlex.split(lines[-1])
+    assert {*last[1:-4]} == folders and last[-4:-2] == ["--ablation", name]
+    assert calls(*settings) == []
 
 
 # demo and figures

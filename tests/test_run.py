@@ -16,15 +16,25 @@ import pytest
 import torch
 from kill_harness import digest
 
+import fast_moco
 import linear_eval
 import moco_cifar
+import simclr
 
 ROOT = Path(__file__).parents[1]
 LONG = os.environ.get("LONG_TESTS") == "1"
 
+# Most tests take MoCo for all: what saves, resumes and stops is the same text in each script
+OWN = {
+    moco_cifar: "--bn-splits 2 --queue-size 50 --dim 8",
+    simclr: "--head-hidden 16 --dim 8",
+    fast_moco: "--framework nnclr --queue-size 50 --head-hidden 16 --dim 8 --predictor-hidden 4",
+}
+every_script = pytest.mark.parametrize("script", OWN, ids=lambda script: script.__name__)
+
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def common(tmp_path_factory):
     """A run of 3 epochs of 6 steps that takes a second"""
     rng = np.random.default_rng(0)
     y = np.arange(120) % 10
@@ -32,8 +42,13 @@ def flags(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
     np.savez(path, x_train=x[:100], y_train=y[:100], x_test=x[100:], y_test=y[100:])
     text = f"--data {path} --image-size 8 --arch resnet8 --width 4 --epochs 3 --batch-size 16"
-    text += " --bn-splits 2 --queue-size 50 --dim 8 --knn-k 5 --knn-every 1 --save-seconds 0"
-    return [*text.split(), "--precision", "fp32", "--device", "cpu"]
+    text += " --knn-k 5 --knn-every 1 --save-seconds 0 --precision fp32 --device cpu"
+    return text.split()
+
+
+@pytest.fixture(scope="module")
+def flags(common):
+    return [*common, *OWN[moco_cifar].split()]
 
 
 @pytest.fixture(autouse=True)
@@ -56,18 +71,18 @@ class Crash(BaseException):
 
 
 @contextlib.contextmanager
-def crash_after(monkeypatch, step, action=None):
+def crash_after(monkeypatch, step, action=None, script=moco_cifar):
     """End the run in the middle, after so many steps, with its state saved"""
-    descend = moco_cifar.Run.descend
+    descend = script.Run.descend
 
-    def stop(self, loss):
-        descend(self, loss)
+    def stop(self, *loss):
+        descend(self, *loss)
         if self.step == step:
             (action or self.throw)(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(moco_cifar.Run, "descend", stop)
-        patch.setattr(moco_cifar.Run, "throw", throw, raising=False)
+        patch.setattr(script.Run, "descend", stop)
+        patch.setattr(script.Run, "throw", throw, raising=False)
         yield
 
 
@@ -75,9 +90,9 @@ def throw(self, *_):
     raise Crash
 
 
-def interrupt(monkeypatch, flags, out, step=8):
-    with crash_after(monkeypatch, step), pytest.raises(Crash):
-        moco_cifar.main([*flags, "--out", str(out)])
+def interrupt(monkeypatch, flags, out, step=8, script=moco_cifar):
+    with crash_after(monkeypatch, step, script=script), pytest.raises(Crash):
+        script.main([*flags, "--out", str(out)])
 
 
 # ---------------------------------------------------------------- kills
@@ -89,9 +104,10 @@ def harness(script, runs, folder, flags):
     return json.loads(done.stdout)
 
 
-def test_killed_runs_end_bit_identical(flags, tmp_path):  # R1
+@every_script
+def test_killed_runs_end_bit_identical(script, common, tmp_path):  # R1
     runs = 20 if LONG else 3
-    result = harness("moco_cifar", runs, tmp_path, flags)
+    result = harness(script.__name__, runs, tmp_path, [*common, *OWN[script].split()])
     assert result["equal"] == runs and result["kills"] >= 3 * runs, result
 
 
@@ -120,19 +136,29 @@ def test_missing_items_are_refused(item, flags, tmp_path, monkeypatch):  # R2
     assert moco_cifar.main([*flags, "--out", str(out)]) == 2
 
 
-def test_resets_are_noticed(flags, whole, tmp_path, monkeypatch):  # R2
+ITEMS = {
+    moco_cifar: ["queue.keys", "queue.pointer", "encoder_k.0.conv1.weight", "optimizer"],
+    simclr: ["0.bn1.running_mean", "1.2.weight", "optimizer"],
+    fast_moco: ["queue.keys", "queue.pointer", "target.0.conv1.weight", "optimizer"],
+}
+
+
+@every_script
+def test_resets_are_noticed(script, common, tmp_path, monkeypatch):  # R2
     """The comparison of digests can fail: an item that is not restored gives another result."""
-    for item in ("queue.keys", "queue.pointer", "encoder_k.0.conv1.weight", "optimizer"):
+    flags = [*common, *OWN[script].split()]
+    assert script.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    for item in ITEMS[script]:
         out = tmp_path / item
-        interrupt(monkeypatch, flags, out)
+        interrupt(monkeypatch, flags, out, script=script)
         saved = torch.load(out / "last.pt", weights_only=True)
         if item == "optimizer":
             saved["train_state"]["optimizer"]["state"] = {}
         else:
             saved["train_state"]["model"][item].zero_()
         torch.save(saved, out / "last.pt")
-        assert moco_cifar.main([*flags, "--out", str(out)]) == 0
-        assert digest(out / "pretrain.pt") != whole, item
+        assert script.main([*flags, "--out", str(out)]) == 0
+        assert digest(out / "pretrain.pt") != digest(tmp_path / "whole/pretrain.pt"), item
 
 
 def test_log_has_each_epoch_once(flags, whole, tmp_path, monkeypatch):
@@ -326,10 +352,12 @@ def test_nan_stops_the_run(what, flags, tmp_path, monkeypatch, capsys):  # R9
 @pytest.mark.parametrize(
     "other", ["--knn-every 0", "--knn-every 2 --knn-k 7", "--save-seconds 1000", "--keep-every 1"]
 )
-def test_monitors_do_not_disturb(other, flags, tmp_path):  # R8
+@every_script
+def test_monitors_do_not_disturb(script, other, common, tmp_path):  # R8
     weights = []
     for name, more in (("a", []), ("b", other.split())):
-        assert moco_cifar.main([*flags, *more, "--out", str(tmp_path / name)]) == 0
+        flags = [*common, *OWN[script].split(), *more, "--out", str(tmp_path / name)]
+        assert script.main(flags) == 0
         weights.append(torch.load(tmp_path / name / "pretrain.pt", weights_only=True)["encoder"])
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -347,25 +375,6 @@ def test_kept_checkpoints(flags, tmp_path):
     assert epochs == [1, 2, 3]
 
 
-# ---------------------------------------------------------------- several processes
-def test_two_processes_equal_one(flags, tmp_path):  # R10
-    """Two processes with a batch-norm group each do what one process does with two groups."""
-    assert moco_cifar.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "moco_cifar.py"), *flags, "--out", str(tmp_path / "two")]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    one, two = (
-        torch.load(tmp_path / name / "pretrain.pt", weights_only=True) for name in ("one", "two")
-    )
-    assert two["machine"]["processes"] == 2
-    for a, b in zip(one["history"], two["history"]):
-        assert abs(a["loss"] - b["loss"]) < 1e-4
-    for key, value in one["encoder"].items():
-        torch.testing.assert_close(value, two["encoder"][key], rtol=1e-3, atol=1e-4)
-
-
 # ---------------------------------------------------------------- files of earlier versions
 @pytest.mark.parametrize("path", sorted((ROOT / "tests/golden").glob("*.pt")), ids=lambda p: p.name)
 def test_old_checkpoints_still_load(path):  # R12
@@ -374,3 +383,13 @@ def test_old_checkpoints_still_load(path):  # R12
     images = (torch.arange(2 * 3 * 8 * 8) % 256 / 255).view(2, 3, 8, 8)
     features = linear_eval.load_encoder(checkpoint)(images)
     torch.testing.assert_close(features, checkpoint["features"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_weights_of_a_wrapped_model_are_adopted_with_a_note(prefix, tmp_path, capsys):
+    path = tmp_path / "wrapped.pt"
+    plain = torch.load(ROOT / "tests/golden/pretrain-1.pt", weights_only=True)
+    wrapped = {prefix + name: value for name, value in plain["encoder"].items()}
+    torch.save(plain | {"encoder": wrapped}, path)
+    assert moco_cifar.load_checkpoint(path)["encoder"].keys() == plain["encoder"].keys()
+    assert prefix.split(".")[0] in capsys.readouterr().out
