@@ -850,7 +850,7 @@ class Run:
                     self.load(path)
                     break
             except Damaged as error:
-                trouble = trouble or error
+                trouble = trouble or str(error)
         else:
             if trouble:
                 raise Halt(f"{trouble}, and there is no state before it: --restart starts over")
@@ -1115,8 +1115,8 @@ def check_config(config):
                 wrong = "from 0 to 1"
             elif name == "crop_scale" and values[0] > values[1]:
                 wrong = "the smaller share and the larger"
-            elif name == "warmup_epochs" and value and value >= config.epochs:
-                wrong = f"less than --epochs {config.epochs}"
+            elif name == "warmup_epochs" and value > config.epochs > 0:
+                wrong = f"at most --epochs {config.epochs}"
             elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:

@@ -7,17 +7,18 @@
     neighbours    what the encoder takes for similar: test images and the nearest training images
     probe         top-1, top-5 and loss of the linear classifier, and a table of the final values
     classes       which classes it knows, and which it does not
+    along         accuracy of classifiers against the epochs of pretraining, if it was measured
     comparison    several runs in one figure, when several are given
 
 Each one is written as PNG and PDF and says at its foot what it was made from. Curves need only the
 checkpoints; pairs, map and neighbours need the images too. In the end the accuracies are printed
 beside those of raw pixels and of an untrained encoder, if these have been measured.
 
-    python plots.py runs/moco
+    python plots.py runs/moco --report
     python plots.py runs/moco runs/simclr --out figures/both --table README.md
+    python plots.py runs/ablate-batch-* --ablation batch
 
-In a notebook, paste this file into one cell and edit Config. The functions draw_... return a
-matplotlib Figure and need no display.
+In a notebook, paste this file into one cell and edit Config. draw_...() returns a Figure.
 """
 
 # %%
@@ -25,9 +26,12 @@ import dataclasses
 import functools
 import math
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+
+Ablation = Literal["none", "encode", "frameworks", "parts", "stage", "batch", "epochs"]
 
 
 # %% Config: a flag --like-this is made from each field, and its comment is the help
@@ -36,6 +40,8 @@ class Config:
     runs: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
     out: str = "figures"  # folder for the figures; of several runs each gets a folder in it
     table: str = ""  # Markdown file, rewritten between <!-- table --> and <!-- /table -->
+    report: bool = False  # write report.md as well, beside the figures of each run
+    ablation: Ablation = "none"  # runs that differ in one setting: one figure, one table
     data: str = ""  # the images, named as for moco_cifar.py; "": as the checkpoint names them
     data_dir: str = "data"  # where downloads and caches are kept
     limit: int = 10000  # look for neighbours among so many training images; 0: all of the run's
@@ -52,10 +58,8 @@ def draw_pretraining(run):
     figure = new_figure(f"Pretraining: {run.name}", f"{about(run)}. {about_knn(run)}", 7, 7)
     loss, knn, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.5])
     draw_curve(loss, run.history, "loss", "mean over the epoch")
-    if run.method == "moco":  # a loss that tells nothing apart: all 1 + K logits equal
-        size, views = run.config["queue_size"], 1 + run.config["symmetric"]
-        text = f"chance: {'2 ' * (views - 1)}ln(1 + K), K = {size}"
-        draw_level(loss, views * math.log(1 + size), text)
+    if chance := chance_of(run):  # the loss of what tells nothing apart: all logits equal
+        draw_level(loss, *chance)
     draw_curve(knn, run.history, "knn_top1", title_of(run), 0, 100)
     for i, (what, text) in enumerate((("random", "untrained encoder"), ("pixels", "raw pixels"))):
         if row := last_knn(run, what):
@@ -71,7 +75,7 @@ def draw_pretraining(run):
     return figure
 
 
-# %% The method as a diagram. Another method gets its own by an entry in DIAGRAMS
+# %% The method as a diagram. Those of the other methods stand below, with the reports
 def draw_moco(run, images=None):
     """MoCo's Figure 1 with this run's numbers; with images, one of them and two views of it"""
     c, (blue, red, green, purple) = SimpleNamespace(**run.config), COLORS[:4]
@@ -83,7 +87,7 @@ def draw_moco(run, images=None):
     pictures = {}
     if images:
         x = images.data.x_train[:1]
-        pictures = {"image": x[0], "im_q": view(x, c)[0], "im_k": view(x, c)[0]}
+        pictures = {"image": x[0], "im_q": view(x, run)[0], "im_k": view(x, run)[0]}
     for name, x, y in (("image", 0.2, 2.5), ("im_q", 2.6, 4.3), ("im_k", 2.6, 0.7)):
         if name in pictures:
             axes.imshow(pictures[name].permute(1, 2, 0).numpy(), extent=(x, x + 1.4, y, y + 1.4))
@@ -121,17 +125,18 @@ DIAGRAMS = {"moco": draw_moco}
 
 
 # %% Positive and negative pairs
-def view(images, recipe):
+def view(images, run):
     """A random view as pixels again: (N, 3, H, W) uint8 -> (N, 3, H, W) uint8"""
+    recipe = recipe_of(run)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.mean, recipe.std))
     return ((augment(images, recipe) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def draw_pairs(run, images, rows=4, negatives=4, n=256):
     """What training sees: of each image two views, which belong together, among views of others"""
-    recipe, some = SimpleNamespace(**run.config), images.data.x_train
+    some, names = images.data.x_train, PAIRS.get(run.method, PAIRS[""])
     some = some[torch.randperm(len(some))[: max(n, rows + negatives)]]
-    im_q, im_k = view(some, recipe), view(some, recipe)
+    im_q, im_k = view(some, run), view(some, run)
     q, k = (F.normalize(images.encode(x), dim=1) for x in (im_q, im_k))  # (n, D)
     cosine = q @ k.T  # (n, n), positive pairs on the diagonal
     title = f"Positive and negative pairs: {run.name}"
@@ -139,19 +144,20 @@ def draw_pairs(run, images, rows=4, negatives=4, n=256):
     grid = figure.add_gridspec(rows + 2, 3 + negatives)
     for i in range(rows):
         draw_image(figure.add_subplot(grid[i, 0]), some[i], "" if i else "image")
-        draw_image(figure.add_subplot(grid[i, 1]), im_q[i], "" if i else "query")
+        draw_image(figure.add_subplot(grid[i, 1]), im_q[i], "" if i else names[0])
         for j in range(1 + negatives):
             other, frame = (i + j) % len(some), (COLORS[1], "--") if j else (COLORS[0], "-")
-            head = "" if i else "negative key" if j else "positive key"
+            head = "" if i else names[2] if j else names[1]
             text = f"cos {cosine[i, other]:.2f}"
             draw_image(figure.add_subplot(grid[i, 2 + j]), im_k[other], head, text, frame)
-    axes, same = figure.add_subplot(grid[rows:, :]), torch.eye(len(some), dtype=torch.bool)
+    draw_formula(figure.add_subplot(grid[rows:, 4:]), run)
+    axes, same = figure.add_subplot(grid[rows:, :4]), torch.eye(len(some), dtype=torch.bool)
     edges = torch.linspace(min(0, float(cosine.min())), 1, 51).numpy()
     for values, i, text in ((cosine[same], 0, "positive"), (cosine[~same], 1, "negative")):
         text = f"{text} pairs: mean {values.mean():.2f}"
         how = dict(histtype="stepfilled", density=True, alpha=0.35, fc=COLORS[i], label=text)
         axes.hist(values.numpy(), edges, ec=COLORS[i], ls=DASHES[i], lw=1.5, **how)
-    axes.set(xlabel="cosine similarity of query and key", ylabel="density", yticks=[])
+    axes.set(xlabel="cosine similarity of two views", ylabel="density", yticks=[])
     legend_above(axes)
     return figure
 
@@ -222,13 +228,11 @@ REPORT = "first course report (CIFAR-10, ResNet-18)", "67.3899", "0.4099", "0.87
 
 def draw_probe(run):
     """Top-1, top-5 and loss against the epoch (the first report's Figures 3-5), and its Figure 6"""
-    probes = {title_of(run): run.probe} | (
-        {"untrained encoder": run.untrained} if run.untrained else {}
-    )
+    probes = {title_of(run): run.probe, "untrained encoder": run.untrained}
     figure = new_figure(f"Linear evaluation: {run.name}", about_probe(run), 9, 5.2)
     places = [["top1", "top5", "test_loss"], ["table"] * 3]
     panels, rows = figure.subplot_mosaic(places, height_ratios=[3, 1]), []
-    for i, (name, probe) in enumerate(probes.items()):
+    for i, (name, probe) in enumerate((n, p) for n, p in probes.items() if p):
         for key, scale in (("top1", 100), ("top5", 100), ("test_loss", 1)):
             draw_curve(panels[key], probe["history"], key, wrap(name, 40), i, scale)
         text = wrap(f"{name}, training", 40)
@@ -268,16 +272,17 @@ def draw_classes(run, most=25):
 
 # %% Several runs
 def draw_comparison(runs):
-    """Loss and k-NN accuracy against the epoch, and the probe's top-1, of several runs"""
+    """Several runs: loss and k-NN accuracy, at equal epochs and in equal time, and the probe's"""
     foot = " ".join(f"{about(run)}." for run in runs) if len(runs) < 5 else ""
-    foot += " Losses of different methods, temperatures or queues do not compare."
-    figure = new_figure("Comparison of runs", foot, 9, 5 + 0.45 * len(runs))
-    bars = [["bars"] * 2] if any(run.probe for run in runs) else []
+    foot += " Losses of other methods or temperatures do not compare, nor minutes elsewhere."
+    figure = new_figure("Comparison of runs", foot, 11, 5 + 0.45 * len(runs))
+    bars = [["bars"] * 3] if any(run.probe for run in runs) else []
     heights = [3, 0.4 * len(runs)][: 1 + len(bars)]
-    panels = figure.subplot_mosaic([["loss", "knn"], *bars], height_ratios=heights)
+    panels = figure.subplot_mosaic([["loss", "knn", "time"], *bars], height_ratios=heights)
     for i, run in enumerate(runs):
         draw_curve(panels["loss"], run.history, "loss", run.name, i)
         draw_curve(panels["knn"], run.history, "knn_top1", run.name, i, 100)
+        draw_curve(panels["time"], run.history, "knn_top1", run.name, i, 100, against="minutes")
         if run.probe:
             value = 100 * run.probe["result"]["top1"]
             bar = panels["bars"].barh(i, value, color=COLORS[i % 7], alpha=0.75)
@@ -292,6 +297,273 @@ def draw_comparison(runs):
     return figure
 
 
+# ---- reports and ablations: as the four documents have them; the lesson ends here ----
+# %% The other methods as diagrams
+def draw_simclr(run, images=None):
+    """SimCLR's Figure 2 and the first report's Figure 1: who is compared with whom"""
+    c, (blue, red, green, purple) = SimpleNamespace(**run.config), COLORS[:4]
+    title = f"SimCLR, with the numbers of {run.name}"
+    figure = new_figure(title, about_batch(run), 10, 5.2)
+    axes = figure.subplots()
+    box, arrow = functools.partial(draw_box, axes), functools.partial(draw_arrow, axes)
+    draw_views(axes, run, images, ("image", "view_1", "view_2"), 2.6)
+    axes.set(xlim=(0, 14.1), ylim=(0, 6.4), aspect="equal")
+    text = f"encoder\n{c.arch}, width {c.width}\n\none for both views:\n"
+    text += f"2N = {2 * c.batch_size} at once"
+    box(4.7, 0.7, 2.2, 5, text, blue)
+    inside = f", {c.head_hidden} units" if c.head == "mlp" else ""
+    text = f"projector\n{c.head}{inside}\nto C = {c.dim}\n\ndiscarded\nafter pretraining"
+    box(8, 0.7, 1.8, 5, text, red, "--")
+    for y, i in ((5.0, 1), (1.4, 2)):
+        arrow((4.05, y), (4.65, y))
+        arrow((6.95, y), (7.95, y), f"h_{i}\nN x {run.base['dim']}", (7.42, y + 0.4))
+        arrow((9.85, y), (10.75, 3.2 + 0.5 * (y > 3)), f"z_{i}\nN x {c.dim}", (10.55, y))
+    for i in range(8):  # the similarities: of each row one is its partner, and one is itself
+        for j in range(8):
+            color = green if abs(i - j) == 4 else "#FFFFFF" if i == j else "#888888"
+            fill = "cc" if abs(i - j) == 4 else "33"
+            box(10.9 + 0.27 * j, 4.5 - 0.27 * i, 0.27, 0.27, "", color, fill=fill, rounding=0)
+    axes.text(11.98, 5.3, "z · z / T for all 2N views", ha="center", va="center", size=8)
+    text = "green: its other view\ngray: 2N - 2 negatives\nwhite: itself, left out"
+    axes.text(11.98, 2.15, text, ha="center", va="center", size=7.5)
+    text = f"NT-Xent, T = {c.temperature:g}\nwhich of 2N - 1 is my other view?"
+    box(10.6, 0.7, 2.8, 0.95, f"{text}\nchance: {chance_of(run)[0]:.2f}", purple)
+    return figure
+
+
+def draw_fast_moco(run, images=None):
+    """Algorithm 1: one view in patches, combined, against the other one as a whole"""
+    c, (blue, red, green, purple) = SimpleNamespace(**run.config), COLORS[:4]
+    figure = new_figure(f"Fast-MoCo, with the numbers of {run.name}", about_batch(run), 11, 5)
+    axes, n, d = figure.subplots(), c.batch_size, run.base["dim"]
+    box, arrow = functools.partial(draw_box, axes), functools.partial(draw_arrow, axes)
+    pictures = draw_views(axes, run, images, ("image", "view_1", "view_2"), 2.3)
+    axes.set(xlim=(0, 15.6), ylim=(0, 6.4), aspect="equal")
+    grid, parts = (1, 1) if c.encode == "whole" else (c.grid, c.grid**2)
+    side, small = 1.4 / grid, c.image_size // grid
+    for i, j in itertools.product(range(grid), range(grid)):  # row, column
+        x, y = 4.4 + j * (side + 0.1), 4.2 + (grid - 1 - i) * (side + 0.1)
+        if pictures:
+            patch = pictures["view_1"][:, small * i :, small * j :][:, :small, :small]
+            axes.imshow(patch.permute(1, 2, 0).numpy(), extent=(x, x + side, y, y + side))
+        else:
+            box(x, y, side, side, "", "#000000", rounding=0)
+    text = {"montage": "patches of several\nimages, put together", "whole": "whole"}
+    text = text.get(c.encode) or f"{parts} {'patches' if 'divide' in c.encode else 'crops'}"
+    axes.text(5.15, 3.8, f"{text}, {small} x {small}", ha="center", va="center", size=8)
+    arrow((3.75, 5.0), (4.3, 5.0))
+    net = f"{c.arch}, width {c.width}"
+    box(6.7, 4.3, 2.1, 1.4, f"encoder\n{net}\n{parts}N = {parts * n} at once", blue)
+    arrow((4.4 + grid * (side + 0.1), 5.0), (6.65, 5.0))
+    late = c.combine_at if c.combine_at != "final" else ""
+    combines = c.encode in ("divide-combine", "sample-combine", "montage")
+    some = [*itertools.combinations(range(parts), c.parts_combined if combines else 1)]
+    cell = 0.5 / grid
+    for k, chosen in enumerate([] if late or parts > 9 else some[:6]):  # which patches are averaged
+        for q in range(parts):  # column by column
+            x, y = 9.5 + 0.62 * (k // 2), 5.55 - 0.62 * (k % 2)
+            x, y, fill = (
+                x + q // grid * cell,
+                y - (q % grid + 1) * cell,
+                "11cc"[2 * (q in chosen) :],
+            )
+            box(x, y, cell, cell, "", green, fill=fill[:2], rounding=0)
+    text = f"{len(some)} means of\nany {len(some[0])} of {parts}" if combines else "not combined"
+    text = f"two upright and two lying\npairs, from {late}" if late in STITCHED else text
+    text = f"combined after\nthe {late}" if late in ("proj", "pred") else text
+    axes.text(10.35, 3.8 if not late else 5, text, ha="center", va="center", size=8)
+    arrow((8.85, 5.0), (9.4, 5.0), f"{d}", (9.12, 5.25))
+    text = f"projector, to {c.dim}\npredictor,\n{c.predictor_hidden} units inside"
+    box(12, 4.3, 2.2, 1.4, text, blue)
+    arrow((11.4, 5.0), (11.95, 5.0))
+    text = "the same weights"
+    if c.framework != "simsiam":
+        text = f"moving average\na = {c.key_momentum:g}, each step"
+    box(6.7, 0.7, 2.1, 1.4, f"encoder\nprojector\n{net}\nno gradient", red, "--")
+    arrow((3.75, 1.4), (6.65, 1.4), "whole", (5.15, 1.6))
+    arrow((7.75, 4.2), (7.75, 2.2), text, (6.5, 3.1), red, "--")
+    box(9.6, 0.95, 1.2, 0.9, f"z\n{n} x {c.dim}", red)
+    arrow((8.85, 1.4), (9.55, 1.4))
+    which = "no negatives: 2 - 2 cos(z_c, z)"
+    if chance := chance_of(run):
+        which = f"T = {c.temperature:g}: which of N = {n}\nis mine? chance: {chance[0]:.2f}"
+        which += f"\nz: nearest of {c.queue_size} before" * (c.framework == "nnclr")
+    text = f"{FRAMEWORKS[c.framework]}\n{which}\nboth directions"
+    box(12, 0.7, 3.1, 1.4, text, purple)
+    arrow((10.85, 1.4), (11.95, 1.4), "target", (11.4, 1.6))
+    rows = 4 if late in STITCHED else len(some)
+    arrow((13.1, 4.2), (13.1, 2.2), f"z_c\n{rows}N x {c.dim}", (13.9, 3.2))
+    return figure
+
+
+DIAGRAMS |= {"simclr": draw_simclr, "fast-moco": draw_fast_moco}
+
+
+# %% Accuracy along the pretraining
+def draw_along(run):
+    """Accuracy of classifiers against the epochs of pretraining (the SimCLR report's Figure 2)"""
+    title = f"Accuracy along the pretraining: {run.name}"
+    figure = new_figure(title, about_along(run), 9, 4.4)
+    panels, curves = figure.subplots(1, 2), [e for e in run.evaluations if e.along]
+    levels = [e for e in run.evaluations if e.mode == "supervised" and e.result and not e.along]
+    for axes, key in zip(panels, ("top1", "top3")):
+        for i, e in enumerate(curves):
+            draw_curve(axes, e.along, key, e.title, i, 100)
+        for i, e in enumerate(levels, len(curves)):
+            draw_level(axes, 100 * e.result[key], e.title, i % 7)
+        draw_level(axes, 100 * min(1, int(key[3:]) / len(run.data["classes"])), "chance")
+        axes.set_ylabel(f"{run.which} top-{key[3:]} (%)")
+        axes.set_xlabel("epoch of pretraining")
+    labels = panels[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower left", ncols=2)
+    return figure
+
+
+# %% A report of one run, in the form of the course reports
+def differences(said, config):
+    """What a document says of settings, where that is not what was done: lines of Markdown"""
+    lines = []
+    for key, value in said.items():
+        values = value if isinstance(value, list) else [value]
+        if (here := simple(config.get(key))) not in values:
+            lines.append(f"- `{key}`: {' or '.join(map(plain, values))} → {plain(here)}")
+    return lines
+
+
+def table_1(run):
+    """The SimCLR report's Table 1, for each share of the labels that was used; with its figures"""
+    found, rows = {(e.labels, e.init, e.mode): e for e in run.evaluations if e.result}, []
+    names = dict(pretrained=title_of(run), random="Random init")
+    for labels in sorted({e.labels for e in run.evaluations if e.result}):
+        for init, name in names.items():
+            pair = [found.get((labels, init, mode)) for mode in ("finetune", "probe")]
+            if any(pair):
+                cells = [e and e.result.get(key) for e in pair for key in ("top1", "top3")]
+                rows.append([f"{name}, {100 * labels:g} % of the labels", *map(percent, cells)])
+        if e := found.get((labels, "random", "supervised")):
+            cells = percent(e.result["top1"]), percent(e.result.get("top3")), "", ""
+            rows.append([f"Supervised, {100 * labels:g} % of the labels", *cells])
+    head = ["", "end-to-end top-1", "top-3", "frozen top-1", "top-3"]
+    return as_table(head, [*rows, *TABLE_1]) if rows else ""
+
+
+def report(run, figures):
+    """-> a report on a run in Markdown, with links to those of the figures that were made"""
+    said = document_of(run)
+    config = defaultdict(lambda: "?", {key: plain(value) for key, value in run.config.items()})
+    state = f"epoch {run.epoch} of {run.epochs}" + " (unfinished)" * (run.epoch < run.epochs)
+    parts = [f"# {title_of(run)}: {run.name}", about(run) + "."]
+    if said:
+        parts[1] += f" Written by plots.py, after {said.name}."
+        parts += ["## 1 Objective", said.aim, "## 2 Method", said.method.format_map(config)]
+    parts += [figure_link(figures, "diagram"), figure_link(figures, "pairs")]
+    parts += ["## 3 Experimental procedure", about_data(run), f"Pretraining, {state}:"]
+    parts.append(as_table(["setting", "value"], settings_of(run), 2) + f"\n\n{about_machine(run)}")
+    if run.evaluations:
+        parts += ["Evaluations, each of the last epoch:", evaluations_table(run)]
+    parts += ["## 4 Results", figure_link(figures, "pretraining"), knn_table(run)]
+    parts += [probe_table(run), figure_link(figures, "probe"), figure_link(figures, "classes")]
+    table = table_1(run) if run.method == "simclr" or len(run.evaluations) > 2 else ""
+    parts += ["Fine-tuned end-to-end, and with frozen features:", table] * bool(table)
+    parts += [figure_link(figures, key) for key in ("along", "neighbours", "map")]
+    if missing := [key for key in CAPTIONS if key not in figures]:
+        parts.append(f"Not drawn, for want of what they are made from: {', '.join(missing)}.")
+    if said:
+        lines = differences(said.pretrain, vars(recipe_of(run)))
+        for e in run.evaluations:
+            if e.init == "pretrained" and e.mode in said.modes:
+                more = differences(said.evaluate, e.config | {"lr": e.lr, "labels": e.labels})
+                lines += [f"{line} ({e.title})" for line in more]
+        parts += ["## 5 What differs from the document", "As *document → here*, of what it states:"]
+        parts.append("\n".join(lines) or "Nothing.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# %% Ablations, in the forms of Fast-MoCo's supplementary
+def group_runs(name, runs):
+    """-> {setting: the runs that have it, which differ in the seed}, in the document's order"""
+    fields, groups = ABLATIONS[name][0], {}
+    for run in runs:
+        if missing := [field for field in fields if field not in run.config]:
+            text = f"{run.path} ({title_of(run)}) has no setting {missing[0]}"
+            raise Halt(f"--ablation {name}: {text}")
+        groups.setdefault(tuple(run.config[field] for field in fields), []).append(run)
+    if len({run.method for run in runs}) > 1 or len(groups) < 2:
+        what = f"runs of one method that differ in {' or '.join(fields)}"
+        raise Halt(f"--ablation {name}: takes {what}, these are {len(groups)} settings")
+    return {key: groups[key] for key in sorted(groups, key=lambda key: [*map(rank, key)])}
+
+
+def spread(runs, key):
+    """-> mean, standard deviation (n - 1; of one: None), n; None if nothing was measured"""
+    values = [value for run in runs if (value := measured(run)[key]) is not None]
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) if values[1:] else None, len(values)
+
+
+def gain(groups, setting, key):
+    """What patches add to a framework (Table 3): a difference of means, or None"""
+    plain = groups.get((*setting[:2], "whole")) if setting[2:] and setting[2] != "whole" else None
+    with_patches, without = spread(groups[setting], key), plain and spread(plain, key)
+    return with_patches[0] - without[0] if with_patches and without else None
+
+
+def draw_ablation(name, groups):
+    """What each setting is worth, and what it costs: curves over an order, or else bars"""
+    keys = [key for key in MEASURED if any(spread(runs, key) for runs in groups.values())]
+    height = 4.2 if name in CURVES else 2.2 + 0.35 * len(groups)
+    foot, places = about_ablation(name, groups), range(len(groups))
+    figure = new_figure(f"Ablation: {ABLATIONS[name][1]}", foot, 3.6 * len(keys) + 1, height)
+    panels, labels = figure.subplots(1, len(keys), squeeze=False)[0], [*map(label_of, groups)]
+    for axes, key in zip(panels, keys):
+        found = [(i, s, spread(groups[s], key)) for i, s in enumerate(groups)]
+        found = [(i, s, *value) for i, s, value in found if value]
+        at, mean = [row[0] for row in found], [row[2] for row in found]
+        deviation = [row[3] or 0 for row in found]
+        if name in CURVES:
+            axes.errorbar(at, mean, deviation, color=COLORS[0], marker="o", capsize=3)
+            said = [(i, printed(name, s, runs[0])) for i, (s, runs) in enumerate(groups.items())]
+            said = [point for point in said if point[1]]
+            if said and key == MEASURED[1]:
+                how = dict(color=GRAY, ls="--", marker="s", label=IMAGENET)
+                axes.plot(*zip(*said), **how)
+            axes.set_xticks(places, labels)
+            axes.set(xlabel=ABLATIONS[name][0][0], ylabel=key)
+            axes.grid(alpha=0.25)
+            legend_above(axes)
+            continue
+        color = [COLORS[5] if "whole" in s else COLORS[0] for _, s, *_ in found]
+        bars = axes.barh(at, mean, xerr=deviation, color=color, capsize=3, ecolor=GRAY)
+        more = [gain(groups, s, key) for _, s, *_ in found]
+        text = [f"{m:.2f}" + ("" if g is None else f" ({g:+.2f})") for m, g in zip(mean, more)]
+        axes.bar_label(bars, text, padding=3, size=7)
+        axes.set_yticks(places, labels if axes is panels[0] else [""] * len(labels))
+        axes.set(xlabel=key, xlim=(0, 1.35 * max(mean)), ylim=(len(labels) - 0.4, -0.6))
+    return figure
+
+
+def ablation_table(name, groups):
+    """The same as Markdown, beside what the document prints of ImageNet"""
+    rows = []
+    for setting, runs in groups.items():
+        cells = [label_of(setting), len(runs)]
+        for key in MEASURED:
+            value, more = spread(runs, key), gain(groups, setting, key)
+            text = plain_spread(value, len(runs))
+            cells.append(text + ("" if more is None else f" ({more:+.2f})"))
+        value, first = (
+            printed(name, setting, runs[0]),
+            printed(name, (*setting[:2], "whole"), runs[0]),
+        )
+        text = "drawn only" if name in ("encode", "stage") else ""
+        text = text if value is None else f"{value:.1f}"
+        cells.append(f"{text} ({value - first:+.1f})" if first and first != value else text)
+        rows.append(cells)
+    table = as_table([name, "runs", *MEASURED, IMAGENET], rows)
+    return f"{table}\n\n{about_ablation(name, groups)}"
+
+
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
 import contextlib
@@ -299,13 +571,16 @@ import ctypes
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
+import statistics
 import sys
 import textwrap
 import typing
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -348,6 +623,20 @@ def about(run):
     return text + f"seed {run.config.get('seed', 0)}"
 
 
+def chance_of(run):
+    """The loss of what tells nothing apart -> nats, in words; None where there are no negatives"""
+    c = SimpleNamespace(**run.config)
+    if run.method == "moco":
+        twice = "2 " * c.symmetric
+        nats = (1 + c.symmetric) * math.log(1 + c.queue_size)
+        return nats, f"chance: {twice}ln(1 + K), K = {c.queue_size}"
+    if run.method == "simclr":
+        return math.log(2 * c.batch_size - 1), f"chance: ln(2N - 1), N = {c.batch_size}"
+    if run.method == "fast-moco" and c.framework in ("moco", "nnclr"):
+        return 2 * math.log(c.batch_size), f"chance: 2 ln N, N = {c.batch_size}"
+    return None
+
+
 def about_knn(run):
     """How the k-NN accuracy of the pretraining was measured"""
     k = run.config.get("knn_k", 200)
@@ -362,9 +651,10 @@ def about_probe(run):
     config, modes = run.probe["config"], {"finetune": "all weights fine-tuned"}
     modes |= {"probe": "linear classifier on frozen features", "supervised": "trained with labels"}
     mode = modes.get(config.get("mode"), config.get("mode"))
+    lr = simple(run.probe["result"].get("lr") or config.get("lr"))
     return (
         f"{about(run)}. Evaluation: {mode}, {100 * config.get('labels', 1):g} % of the labels, "
-        f"{config.get('epochs')} epochs, learning rate {config.get('lr')}; "
+        f"{config.get('epochs')} epochs, learning rate {plain(lr)}; "
         f"{run.probe['result']['n_test']:,} {run.which}s; the last epoch, not the best."
     )
 
@@ -379,14 +669,85 @@ def about_queue(run, keys):
     )
 
 
+def about_batch(run):
+    """How much a step compares, where the negatives are the batch"""
+    c, text = SimpleNamespace(**run.config), f"{about(run)}. "
+    text += f"{run.data['n_train'] // c.batch_size} steps in an epoch; loss: mean over the batch"
+    if run.method == "simclr":
+        return f"{text} of 2N = {2 * c.batch_size} views, each against all the others."
+    text += f", summed over both directions. Encoding: {c.encode}, combined at: {c.combine_at}."
+    if c.framework == "simsiam":
+        return f"{text} SimSiam: the target is the online branch, without a gradient."
+    steps = 1 / (1 - c.key_momentum + 1e-9)
+    return f"{text} The target branch averages over about the last {steps:.3g} steps, 1 / (1 - a)."
+
+
+def about_along(run):
+    """How the accuracy along the pretraining was measured"""
+    text = f"{about(run)}. Each point: a checkpoint that was kept, evaluated as it is; each level: "
+    text += f"a network trained with labels only. {run.data['n_test']:,} {run.which}s, the last "
+    text += "epoch of each, not the best."
+    for e in run.evaluations:
+        if e.config and (e.along or e.mode == "supervised"):
+            text += f" {e.title}: {e.config['epochs']} epochs, lr {plain(e.lr)}."
+    return text
+
+
+def about_data(run):
+    """What it was pretrained on"""
+    data, c, text = run.data, recipe_of(run), ""
+    if hasattr(c, "jitter"):
+        text = f" A view: {about_views(c)}."
+    return (
+        f"Data: {data['name']}, {data['n_train']:,} training images and {data['n_test']:,} "
+        f"{run.which}s of {data['image_size']} x {data['image_size']} pixels in "
+        f"{len(data['classes'])} classes; pretraining sees no label.{text}"
+    )
+
+
+def about_machine(run):
+    """On what, and for how long"""
+    m = defaultdict(lambda: "unknown", run.base.get("machine") or {})
+    text = f"Machine: {m['device']}, {str(m['precision']).removeprefix('torch.')}, "
+    text += f"threads: {m['threads']}, processes: {m['processes']}, PyTorch {m['torch']}. "
+    seconds = f"{m['seconds'] / 60:.1f} minutes" if "seconds" in m else "a time unknown"
+    return f"{text}Seed {run.config.get('seed', 0)}. It took {seconds}, measurements included."
+
+
+def about_ablation(name, groups):
+    """What the runs of an ablation have in common, and what else they differ in"""
+    runs = [run for some in groups.values() for run in some]
+    fields, first = ABLATIONS[name][0], runs[0]
+    local = "seed out data_dir device knn_every keep_every save_seconds restart".split()
+    keys = sorted({key for run in runs for key in run.config} - {*fields, *local})
+    differ = {key: sorted({plain(simple(run.config.get(key))) for run in runs}) for key in keys}
+    differ = [f"{key} ({'; '.join(v)})" for key, v in differ.items() if len(v) > 1]
+    text = f"{title_of(first)}, {first.data['name']}; runs: {len(runs)}, seeds: "
+    text += ", ".join(map(str, sorted({run.config.get("seed", 0) for run in runs})))
+    text += f". {about_knn(first)} Probe: a linear classifier on frozen features. The last epoch, "
+    text += "not the best; mean ± standard deviation (n - 1) over runs of one setting. Minutes: of "
+    text += f"pretraining, on each run's own machine."
+    if first.method == "fast-moco":
+        text += f" The document's figures: {ABLATIONS[name][3]}."
+    late = [run.name for run in runs if run.epoch < run.epochs]
+    text += f" Not finished: {', '.join(late)}." if late else ""
+    return text + (f" They differ also in {', '.join(differ)}." if differ else "")
+
+
 def about_pairs(run, n):
     """How the views of n images were made and compared"""
-    c = SimpleNamespace(**run.config)
+    c = recipe_of(run)
     return (
-        f"{about(run)}. Cosine similarities of the backbone's features (the projection head is not "
-        f"kept), eval mode, {n} random training images. Crop {c.crop_scale[0]:g} to "
-        f"{c.crop_scale[1]:g} of the area, flip 0.5, jitter {', '.join(map(str, c.jitter))} "
-        f"with 0.8, gray {c.gray:g}, blur {c.blur:g}."
+        f"{about(run)}. Cosine similarities of the backbone's features, not of the projections "
+        f"that the loss compares; eval mode, {n} random training images. Views: {about_views(c)}."
+    )
+
+
+def about_views(c):
+    """How a view is made; c: what recipe_of() gives"""
+    return (
+        f"crop of {c.crop_scale[0]:g} to {c.crop_scale[1]:g} of the area, flip {c.flip:g}, jitter "
+        f"{plain(c.jitter)} with 0.8, gray {c.gray:g}, blur {c.blur:g}"
     )
 
 
@@ -429,6 +790,7 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "leg
 STYLE |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"lines.markersize": 4, "pdf.fonttype": 42, "text.parse_math": False}
 TITLES = {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
+TITLES |= {"supervised": "supervised"}
 
 
 def new_figure(title, foot, width, height):
@@ -445,15 +807,16 @@ def wrap(text, width):
     return "\n".join(textwrap.wrap(str(text), int(width)))
 
 
-def draw_curve(axes, rows, key, label, i=0, scale=1):
-    """The values of a key against the epoch, in the i-th colour, dash and marker"""
-    points = [(row["epoch"], scale * row[key]) for row in rows if key in row]
+def draw_curve(axes, rows, key, label, i=0, scale=1, against="epoch"):
+    """The values of a key against the epoch (or minutes), in the i-th colour, dash and marker"""
+    rows = [row | {"minutes": row["seconds"] / 60} if "seconds" in row else row for row in rows]
+    points = [(row[against], scale * row[key]) for row in rows if key in row and against in row]
     every = math.ceil(len(points) / 20) or 1  # 200 markers would hide the line
     how = dict(color=COLORS[i % 7], linestyle=DASHES[i % 5], marker=MARKERS[i % 10])
     if points:
         axes.plot(*zip(*points), label=label, markevery=((len(points) - 1) % every, every), **how)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=against == "epoch", min_n_ticks=1))
+    axes.set_xlabel(against)
     axes.grid(alpha=0.25)
 
 
@@ -495,6 +858,68 @@ def draw_arrow(axes, start, end, text="", at=None, color="0.2", ls="-", bend=0):
         axes.text(*at, text, ha="center", va="center", size=7.5, color=color)
 
 
+def draw_views(axes, run, images, names, x):
+    """An image and two views of it, one above and one below, at x -> {name: picture}, if any"""
+    c, pictures = SimpleNamespace(**run.config), {}
+    if images:
+        some = images.data.x_train[:1]
+        pictures = dict(zip(names, (some[0], view(some, run)[0], view(some, run)[0])))
+    for name, left, y in zip(names, (0.1, x, x), (2.5, 4.3, 0.7)):
+        if name in pictures:
+            extent = left, left + 1.4, y, y + 1.4
+            axes.imshow(pictures[name].permute(1, 2, 0).numpy(), extent=extent)
+            axes.text(left + 0.7, y - 0.2, name, ha="center", va="center", size=8)
+        else:
+            text = f"{name}\n3 x {c.image_size} x {c.image_size}"
+            draw_box(axes, left, y, 1.4, 1.4, text, "#000000")
+    draw_arrow(axes, (1.6, 3.6), (x - 0.1, 4.7), "augment", (1.55, 4.5))
+    draw_arrow(axes, (1.6, 2.8), (x - 0.1, 1.7), "augment", (1.55, 1.9))
+    axes.axis("off")
+    return pictures
+
+
+PAIRS = {"moco": ("query", "positive key", "negative key"), "": ("view 1", "view 2", "another's")}
+FRACTION = r"$%s=-\,\log\,\frac{\exp(%s\,/\,T)}{%s\exp(%s\,/\,T)}$"
+
+
+def draw_formula(axes, run):
+    """The loss, written out, in the place of a plot"""
+    c = SimpleNamespace(**run.config)
+    text = {
+        "moco": lambda: (
+            "InfoNCE (MoCo, Eq. 1)\n\n"
+            + FRACTION % (r"L_q", r"q\cdot k_+", r"\sum_{i=0}^{K}\,", r"q\cdot k_i")
+            + f"\n\nof 1 + K keys, one is positive\nK = {c.queue_size}, T = {c.temperature:g}"
+        ),
+        "simclr": lambda: (
+            "NT-Xent (SimCLR, Eq. 1)\n\n"
+            + FRACTION % (r"l_{i,j}", r"z_i\cdot z_j", r"\sum_{k\neq i}^{2N}\,", r"z_i\cdot z_k")
+            + "\n\nmean over the 2N views; j: the\nother view of i's image; "
+            + f"N = {c.batch_size}, T = {c.temperature:g}"
+        ),
+        "fast-moco": lambda: (
+            "ctr (Fast-MoCo, Algorithm 1)\n\n"
+            + FRACTION % (r"L_i", r"z^c_i\cdot z_i", r"\sum_{j=1}^{N}\,", r"z^c_i\cdot z_j")
+            + r"""
+
+mean over images i and combinations c
+loss: $ctr(z_1^c,\,z_2)+ctr(z_2^c,\,z_1)$"""
+            + f"\nN = {c.batch_size}, T = {c.temperature:g}"
+            + "\n$z$: its nearest neighbour in the queue" * (c.framework == "nnclr")
+        ),
+    }
+    if run.method == "fast-moco" and not chance_of(run):
+        name = FRAMEWORKS[c.framework]
+        text["fast-moco"] = lambda: (
+            f"{name}: no negatives\n\n" + r"$L_i=2-2\;z^c_i\cdot z_i$"
+            "\n\nmean over images i and combinations c,\nsum of both directions"
+        )
+    axes.axis("off")
+    if run.method in text:
+        how = dict(ha="center", va="center", size=10, linespacing=1.3, parse_math=True)
+        axes.text(0.5, 0.5, text[run.method](), transform=axes.transAxes, **how)
+
+
 def draw_table(axes, head, rows):
     """A table in the place of a plot, its first column wide"""
     axes.axis("off")
@@ -505,6 +930,15 @@ def draw_table(axes, head, rows):
 
 
 # %% Images, encoder and features: as in moco_cifar.py
+def recipe_of(run):
+    """Its settings, without the augmentations that SimCLR's --augment does not name"""
+    off = dict(crop=("crop_scale", (1.0, 1.0)), flip=("flip", 0.0), color=("jitter", (0.0,) * 4))
+    off |= dict(gray=("gray", 0.0), blur=("blur", 0.0))
+    named = run.config.get("augment")
+    left = off.keys() - set(named.split(",")) if isinstance(named, str) else ()
+    return SimpleNamespace(**{"flip": 0.5} | run.config | dict(off[name] for name in left))
+
+
 def augment(images, recipe):
     """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised.
 
@@ -869,17 +1303,19 @@ def keep_memory():
 def read_run(path):
     """What is known of a run, from its folder or from one checkpoint."""
     path = Path(path)
-    pretrain = probe = untrained = None
+    pretrain, evaluations = None, []
     if not path.exists():
         raise Halt(f"{path}: no such file or folder")
     if path.is_dir():
         pretrain = read_first(path / name for name in ("pretrain.pt", "last.pt", "prev.pt"))
-        probe = read_first([path / "linear.pt"])
-        untrained = read_first([path / "random" / "linear.pt"])
+        evaluations = read_evaluations(path)
+        found = {e.name: e.saved for e in evaluations}
+        probe, untrained = found.get(""), found.get("random")
         base = pretrain or probe
     else:
-        base = read_checkpoint(path)
+        base, untrained = read_checkpoint(path), None
         pretrain, probe = (base, None) if base["kind"] == "pretrain" else (None, base)
+        evaluations = [evaluation("", base, [])] if probe else []
     if not base:
         inner = next(path.glob("*/*.pt"), None)
         hint = f": name a run's folder, such as {inner.parent}" if inner else ""
@@ -899,7 +1335,41 @@ def read_run(path):
         if part:
             part["history"] = finite_rows(part["history"], f"{name}, linear evaluation")
     run.knn = read_rows(path / "knn.jsonl") if path.is_dir() else []
+    run.evaluations = evaluations
+    for e in evaluations:
+        init = {"supervised": ""}.get(e.mode, "untrained, " if e.init == "random" else "")
+        mode = {"probe": "frozen", "finetune": "fine-tuned"}.get(e.mode, e.mode)
+        init = f"{title_of(run)}, " if e.init == "pretrained" else init
+        e.title = f"{init}{mode}, {100 * e.labels:g} % of the labels"
     return run
+
+
+def read_evaluations(path):
+    """What linear_eval.py left in the folder of a run, whose name is "", and in those inside it"""
+    files = [file for kind in ("linear.pt", "along.jsonl") for file in path.glob(f"*/{kind}")]
+    inside = sorted({f.parent for f in files if not (f.parent / "pretrain.pt").exists()})
+    found = []
+    for folder in [path, *inside]:
+        name = "" if folder == path else folder.name
+        saved, rows = read_first([folder / "linear.pt"]), read_rows(folder / "along.jsonl")
+        if saved or rows:
+            found.append(evaluation(name, saved, rows))
+    return [e for e in found if e.config]
+
+
+def evaluation(name, saved, rows):
+    """One of them: from its checkpoint and its along.jsonl, either of which may be missing"""
+    heads = [row["config"] for row in rows if isinstance(row.get("config"), dict)]
+    config = saved["config"] if saved else heads[0] if heads else {}
+    result, mode = saved["result"] if saved else {}, config.get("mode", "probe")
+    if saved and name:  # what no figure is made from, and large
+        saved = {key: saved[key] for key in saved.keys() - {"encoder", "classifier", "source"}}
+    e = SimpleNamespace(name=name, saved=saved, config=config, result=result, mode=mode)
+    e.init = "random" if mode == "supervised" else config.get("init", "pretrained")
+    e.labels, e.lr = config.get("labels", 1.0), simple(result.get("lr") or config.get("lr"))
+    e.along = [row for row in rows if {"epoch", "top1", "top3"} <= row.keys()]
+    e.machine = (saved or {}).get("machine") or {}
+    return e
 
 
 def read_first(paths):
@@ -1009,6 +1479,86 @@ def percent(value):
     return "" if value is None else f"{100 * value:.2f} %"
 
 
+def simple(value):
+    """A list as a tuple, and one of a single value as that value"""
+    value = tuple(value) if isinstance(value, list) else value
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
+
+
+def plain(value):
+    """A setting as text"""
+    if value is None or isinstance(value, bool):
+        return {None: "not recorded", True: "yes", False: "no"}[value]
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def as_table(head, rows, left=1):
+    """Markdown; the first columns to the left, the others to the right"""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    lines = [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in lines]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def settings_of(run):
+    """What was set for the pretraining, without what is only about the place"""
+    local = "out data_dir device knn_every keep_every save_seconds restart".split()
+    config = ({"optimizer": "sgd"} if run.method == "moco" else {}) | run.config
+    return [[key, plain(value)] for key, value in config.items() if key not in local]
+
+
+def evaluations_table(run):
+    keys = "epochs batch_size optimizer lr weight_decay schedule augment seed".split()
+    rows = []
+    for e in run.evaluations:
+        result, seconds = e.result, e.machine.get("seconds")
+        cells = [e.title, e.name or ".", *(percent(result.get(f"top{k}")) for k in (1, 3, 5))]
+        cells += [f"{result['test_loss']:.4f}" if result else "", result.get("n_labels", "")]
+        cells += [plain(simple((e.config | {"lr": e.lr}).get(key))) for key in keys]
+        rows.append([*cells, "" if seconds is None else f"{seconds / 60:.2f}"])
+    head = "evaluation | folder | top-1 | top-3 | top-5 | loss | labelled images".split(" | ")
+    return as_table([*head, *(key.replace("_", " ") for key in keys), "minutes"], rows, 2)
+
+
+def knn_table(run):
+    """With the protocol of each row"""
+    names, rows = {"pixels": "raw pixels", "random": "untrained encoder"}, []
+    for what in ("pixels", "random", run.method):
+        if row := last_knn(run, what):
+            cells = [names.get(what, f"{title_of(run)}, epoch {run.epoch}"), percent(row["top1"])]
+            row = defaultdict(lambda: None, row)
+            keys = "k temperature features n_train n_test".split()
+            rows.append([*cells, *(plain(row[key]) for key in keys)])
+    head = ["weighted k-NN", "top-1", "k", "T", "features", "training images", f"{run.which}s"]
+    if not last_knn(run, run.method) and (knn := scores(run)[-1][1]) is not None:
+        cells = [f"{title_of(run)}, epoch {run.epoch}", percent(knn), run.config.get("knn_k", 200)]
+        rows.append([*cells, "0.1", "backbone", run.data["n_train"], run.data["n_test"]])
+    text = "\n\nThe k nearest training images vote with weights exp(cos / T); the last epoch."
+    return as_table(head, rows) + text if rows else ""
+
+
+def probe_table(run):
+    """Of the plain probe, and what the document reports of its own"""
+    probes, rows = {"untrained encoder": run.untrained, title_of(run): run.probe}, []
+    for name, probe in probes.items():
+        if probe:
+            result = probe["result"]
+            tops = [percent(result.get(f"top{k}")) for k in (1, 3, 5)]
+            rows.append([name, f"{result['test_loss']:.4f}", *tops])
+    if not rows:
+        return ""
+    said = document_of(run)
+    table = as_table(
+        ["linear probe", "loss", "top-1", "top-3", "top-5"], rows + (said.results if said else [])
+    )
+    return f"{table}\n\n{about_probe(run)}" if run.probe else table
+
+
+def figure_link(figures, key):
+    return f"![{CAPTIONS[key]}]({key}.png)\n\n*{CAPTIONS[key]}.*" if key in figures else ""
+
+
 def print_summary(run):
     print(f"\n{run.name}: {about(run)}\n")
     print(f"{'':26}{'k-NN top-1':>12}{'probe top-1':>14}{'top-3':>10}{'top-5':>10}")
@@ -1023,14 +1573,165 @@ def print_summary(run):
 def markdown(runs):
     """-> a table of runs, one a line"""
     head = "run | method | encoder | data | epochs | seed | k-NN | probe top-1 | top-3 | top-5"
-    lines = [head, "|".join(["---"] * 6 + ["---:"] * 4)]
+    rows = []
     for run in runs:
         _, knn, result = scores(run)[-1]
         cells = [run.name, title_of(run), f"{run.base['arch']}, width {run.base['width']}"]
         cells += [run.data["name"], run.epoch or "", run.config.get("seed", "")]
         cells += [percent(v) for v in (knn, *(result.get(k) for k in ("top1", "top3", "top5")))]
-        lines.append(" | ".join(str(cell).replace("|", "\\|") for cell in cells))
-    return "\n".join(f"| {line} |" for line in lines)
+        rows.append(cells)
+    return as_table(head.split(" | "), rows, 6)
+
+
+# %% What the documents say
+CAPTIONS = {
+    "diagram": "The method, with the numbers of this run",
+    "pairs": "Positive and negative pairs, as training sees them",
+    "pretraining": "Loss, k-NN accuracy and learning rate against the epoch",
+    "probe": "Top-1, top-5 and loss of the linear classifier, and the final values",
+    "classes": "Accuracy of each class",
+    "along": "Accuracy of classifiers against the epochs of pretraining",
+    "neighbours": "Test images and their nearest training images, failures dashed",
+    "map": "Test images in the features of an untrained encoder, and of this one",
+}
+FRAMEWORKS = {"nnclr": "NNCLR", "byol": "BYOL", "simsiam": "SimSiam", "moco": "MoCo v3"}
+STITCHED = "input", "stage1", "stage2", "stage3"  # there pairs lie side by side, no means
+PATCHES, IMAGENET = "divide-combine", "the document (ImageNet, ResNet-50)"
+MEASURED = ["k-NN top-1 (%)", "probe top-1 (%)", "minutes"]
+CURVES = "stage", "batch", "epochs"
+ORDER = [*FRAMEWORKS, "sgd", "adamw", "whole", "sample", "sample-combine", "montage", "divide"]
+ORDER += [PATCHES, *STITCHED, "final", "proj", "pred"]
+TABLE_1 = [
+    ["the document: SimCLR", "77.4 %", "94.8 %", "71.3 %", "93.6 %"],
+    ["the document: Random init", "38.2 %", "60.1 %", "15.6 %", "34.4 %"],
+]
+TABLE_3 = {  # and section C.4; MoCo v3 with patches is the main result
+    ("nnclr", "sgd", "whole"): 69.4,
+    ("nnclr", "sgd", PATCHES): 72.5,
+    ("byol", "sgd", "whole"): 66.5,
+    ("byol", "sgd", PATCHES): 73.6,
+    ("simsiam", "sgd", "whole"): 68.1,
+    ("simsiam", "sgd", PATCHES): 71.7,
+    ("moco", "sgd", PATCHES): 73.5,
+    ("moco", "adamw", "whole"): 69.3,
+    ("moco", "adamw", PATCHES): 71.7,
+}
+TABLE_4, MAIN = {256: 72.5, 512: 73.5, 1024: 73.6}, {100: 73.5, 200: 75.1, 400: 75.5}
+
+# the settings that differ, a title, what the document prints of each and where, or that it does not
+ABLATIONS = {
+    "encode": (["encode"], "how a view is encoded (D)", {}, "drawn only (D, Figure 3)"),
+    "frameworks": (
+        ["framework", "optimizer", "encode"],
+        "combinatorial patches on other frameworks (C.1)",
+        TABLE_3,
+        "C.1, Table 3, and C.4 for AdamW; MoCo v3: the main result; all at 100 epochs",
+    ),
+    "parts": (["parts_combined"], "patches in a combination", {}, "not in the supplementary"),
+    "stage": (["combine_at"], "the stage of combining (C.5)", {}, "drawn only (C.5, Figure 2)"),
+    "batch": (["batch_size"], "batch size (C.3)", TABLE_4, "C.3, Table 4, at 100 epochs"),
+    "epochs": (["epochs"], "epochs of pretraining (C.2)", MAIN, "main results; C.2 is drawn only"),
+}
+
+DOCUMENTS = {
+    "moco": SimpleNamespace(
+        name='"Fine-tuning Momentum Contrast on Image Classification", a course report',
+        aim="Learn features of images without labels, by momentum contrast, then ask what they are "
+        "worth: a linear classifier is trained on the frozen encoder. These are two loops, with "
+        "two checkpoints and two logs.",
+        method="Two random views of an image are a query and its key. The encoder of the queries "
+        "learns by gradient to tell the key of its own image from K = {queue_size} keys of others, "
+        "which wait in a queue; the loss is InfoNCE, T = {temperature}. The encoder of keys has "
+        "no gradient: it follows as a moving average, momentum {key_momentum}.",
+        pretrain=dict(data="cifar10", limit=0, arch="resnet18", width=64, epochs=100, lr=0.015)
+        | dict(batch_size=128, weight_decay=1e-6, key_momentum=0.99, blur=0),
+        modes=["probe"],
+        evaluate=dict(labels=1, epochs=100, batch_size=128, optimizer="sgd", lr=10, weight_decay=0),
+        results=[[REPORT[0], REPORT[1], "40.99 %", "", "87.40 %"]],
+    ),
+    "simclr": SimpleNamespace(
+        name='"Contrastive Self-Supervised Image Classification using SimCLR", a course report',
+        aim="Learn features of images without labels, by contrasting views, then train a "
+        "classifier with a small share of the labels, frozen or end-to-end, beside untrained "
+        "weights and beside networks that are trained with labels only.",
+        method="Two random views of each of N = {batch_size} images pass one encoder and a "
+        "projector that is discarded afterwards. For each of the 2N vectors the loss (NT-Xent, T = "
+        "{temperature}) asks which of the other 2N - 1 is the second view of its image: the "
+        "negatives are the batch. (The document's batch is the largest that fitted, about 200.)",
+        pretrain=dict(data="cifar10", limit=0, arch="resnet50", width=64, head="linear", dim=1024)
+        | dict(epochs=50, batch_size=200, temperature=0.5, optimizer="adam", lr=1e-3)
+        | dict(flip=0.5, gray=0.2, blur=0),
+        modes=["probe", "finetune"],
+        evaluate=dict(labels=0.1, optimizer="adam", lr=1e-3, weight_decay=1e-5),
+        results=[["the document, 10 % of the labels", "", "71.3 %", "93.6 %", ""]],
+    ),
+    "fast-moco": SimpleNamespace(
+        name='"Fast-MoCo: Boost Momentum-based Contrastive Learning with Combinatorial Patches", '
+        "the supplementary material",
+        aim="Learn features of images without labels, from more positive pairs of the same two "
+        "views at the same cost, and measure them with a linear classifier.",
+        method="Fast-MoCo divides a view into patches, encodes each on its own, and takes means of "
+        "n of them as embeddings of the image. Each is to find its own among the N = {batch_size} "
+        "images of the batch, which the target branch sees whole. Here: framework `{framework}`, "
+        "encoding `{encode}`, grid {grid} x {grid}, n = {parts_combined}, combined at "
+        "`{combine_at}`, T = {temperature}.",
+        pretrain=dict(data="ImageNet", arch="resnet50", framework="moco", encode=PATCHES, grid=2)
+        | dict(parts_combined=2, combine_at="final", epochs=[100, 200, 400], batch_size=512)
+        | dict(optimizer="sgd", lr=0.1, sgd_momentum=0.9, weight_decay=1e-4, clip=1)
+        | dict(schedule="cosine", warmup_epochs=1, warmup_start=0.25, temperature=1)
+        | dict(key_momentum=0.99),
+        modes=["probe"],
+        evaluate=dict(labels=1, epochs=90, batch_size=4096, optimizer="lars", sgd_momentum=0.9)
+        | dict(lr=0.8, schedule="cosine"),
+        results=[[f"{IMAGENET}, {n} epochs", "", f"{top1} %", "", ""] for n, top1 in MAIN.items()],
+    ),
+}
+
+
+def document_of(run):
+    """What the document behind a method says of it, of its settings and of its results; or None"""
+    said = DOCUMENTS.get(run.method)
+    if said and run.method == "fast-moco" and run.epochs == 20:  # Tables 1 and 2, for ablations
+        more = dict(pretrain=said.pretrain | dict(epochs=20, lr=0.15))
+        more |= dict(evaluate=said.evaluate | dict(epochs=10, lr=1.6), results=[])
+        return SimpleNamespace(**vars(said) | more)
+    return said
+
+
+def rank(value):
+    """The place of a setting in the document's order"""
+    return (ORDER.index(value) if value in ORDER else len(ORDER)) if type(value) is str else value
+
+
+def printed(name, setting, run):
+    """The top-1 accuracy that the document prints for a setting of an ablation, or None"""
+    return ABLATIONS[name][2].get(simple(setting)) if run.method == "fast-moco" else None
+
+
+def label_of(setting):
+    """A setting of an ablation as text"""
+    if len(setting) == 1:
+        return plain(setting[0])
+    framework, optimizer, encode = setting
+    name = FRAMEWORKS.get(framework, framework) + (", AdamW" if optimizer == "adamw" else "")
+    return name + {"whole": "", PATCHES: " + combinatorial patches"}.get(encode, f", {encode}")
+
+
+def measured(run):
+    """-> {what: its value, or None}, in percent and minutes"""
+    _, knn, result = scores(run)[-1]
+    values = [100 * v if v is not None else None for v in (knn, result.get("top1"))]
+    seconds = run.history[-1].get("seconds") if run.history else None
+    return dict(zip(MEASURED, [*values, seconds and seconds / 60]))
+
+
+def plain_spread(value, runs):
+    """What spread() gives, as text; n is named if it is not that of the runs"""
+    if not value:
+        return ""
+    mean, deviation, n = value
+    text = f"{mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+    return text + f" (n = {n})" * (n < runs)
 
 
 def tabled_page(path, table):
@@ -1047,12 +1748,12 @@ def tabled_page(path, table):
     return f"{before}{first}\n{table}\n{last}{after}"
 
 
-def write_page(path, text):
+def write_page(path, text, flag="--table"):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
     except OSError as error:
-        raise Halt(f"--table {path}: {error.strerror}") from None
+        raise Halt(f"{flag} {path}: {error.strerror}") from None
 
 
 def save_figure(figure, path):
@@ -1122,7 +1823,7 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-POSITIVE = "image_size std width head_hidden dim queue_size temperature bn_splits knn_k".split()
+POSITIVE = "image_size std width head_hidden predictor_hidden dim grid parts_combined".split()
 SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
@@ -1146,8 +1847,8 @@ def check_config(config):
                 wrong = "from 0 to 1"
             elif name == "crop_scale" and values[0] > values[1]:
                 wrong = "the smaller share and the larger"
-            elif name == "warmup_epochs" and value and value >= config.epochs:
-                wrong = f"less than --epochs {config.epochs}"
+            elif name == "warmup_epochs" and value > config.epochs > 0:
+                wrong = f"at most --epochs {config.epochs}"
             elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:
@@ -1155,8 +1856,11 @@ def check_config(config):
     return config
 
 
-def draw_all(run, images):
-    """-> {name: what draws it}, of all the figures for which this run has what they need"""
+def draw_all(run, images, rows=6):
+    """-> {name: what draws it}, of all the figures for which this run has what they need
+
+    rows: of neighbours
+    """
     figures = {}
     if run.history:
         figures["pretraining"] = lambda: draw_pretraining(run)
@@ -1166,11 +1870,25 @@ def draw_all(run, images):
         figures["pairs"] = lambda: draw_pairs(run, images)
     if images:
         figures["map"] = lambda: draw_map(run, images)
-        figures["neighbours"] = lambda: draw_neighbours(run, images)
+        figures["neighbours"] = lambda: draw_neighbours(run, images, rows)
     if run.probe:
         figures["probe"] = lambda: draw_probe(run)
         figures["classes"] = lambda: draw_classes(run)
+    if any(e.along for e in run.evaluations):
+        figures["along"] = lambda: draw_along(run)
     return figures
+
+
+def draw_ablations(config, runs):
+    """One figure and one table of runs that differ in one setting"""
+    name = config.ablation
+    groups, folder = group_runs(name, runs), Path(config.out)
+    table, path = ablation_table(name, groups), folder / f"ablation-{name}.md"
+    page = Path(config.table or path)
+    text = tabled_page(page, table)
+    save_figure(draw_ablation(name, groups), folder / f"ablation-{name}")
+    write_page(page, text)
+    print(f"{table}\n\n{page} has this table; figure (.png and .pdf): {folder}/ablation-{name}")
 
 
 def draw(config):
@@ -1180,6 +1898,8 @@ def draw(config):
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = str(run.path)
+    if config.ablation != "none":
+        return draw_ablations(config, runs)
     page = tabled_page(Path(config.table), markdown(runs)) if config.table else None
     if len(runs) > 1:
         folder = Path(config.out)
@@ -1190,11 +1910,16 @@ def draw(config):
         folder = (
             folder / re.sub(r"[^\w.=-]+", "-", run.name).strip("-.") if len(runs) > 1 else folder
         )
-        figures = draw_all(run, open_images(run, config, loaded))
+        # the SimCLR report's Figure 4 has four rows
+        figures = draw_all(run, open_images(run, config, loaded), 4 if config.report else 6)
         for name, make in tqdm(figures.items(), run.name, disable=None, leave=False):
             torch.manual_seed(config.seed)
             save_figure(make(), folder / name)
             written.setdefault(folder, []).append(name)
+        if config.report:  # after its figures, so that this file tells that they are there
+            text = report(run, figures)
+            write_page(folder / "report.md", text, "--out")
+            print(f"{folder / 'report.md'}: the report on {run.name}")
     if page:  # last, so that this file tells that all figures are there
         write_page(Path(config.table), page)
     for run in runs:
