@@ -327,7 +327,7 @@ def draw_simclr(run, images=None):
     text = "green: its other view\ngray: 2N - 2 negatives\nwhite: itself, left out"
     axes.text(11.98, 2.15, text, ha="center", va="center", size=7.5)
     text = f"NT-Xent, T = {c.temperature:g}\nwhich of 2N - 1 is my other view?"
-    box(10.6, 0.7, 2.8, 0.95, f"{text}\nchance: {chance_of(run)[0]:.2f}", purple)
+    box(11.0, 0.5, 2.8, 0.95, f"{text}\nchance: {chance_of(run)[0]:.2f}", purple)
     return figure
 
 
@@ -343,7 +343,7 @@ def draw_fast_moco(run, images=None):
     side, small = 1.4 / grid, c.image_size // grid
     for i, j in itertools.product(range(grid), range(grid)):  # row, column
         x, y = 4.4 + j * (side + 0.1), 4.2 + (grid - 1 - i) * (side + 0.1)
-        if pictures:
+        if pictures and not c.encode.startswith("sample"):
             patch = pictures["view_1"][:, small * i :, small * j :][:, :small, :small]
             axes.imshow(patch.permute(1, 2, 0).numpy(), extent=(x, x + side, y, y + side))
         else:
@@ -371,11 +371,11 @@ def draw_fast_moco(run, images=None):
     text = f"{len(some)} means of\nany {len(some[0])} of {parts}" if combines else "not combined"
     text = f"two upright and two lying\npairs, from {late}" if late in STITCHED else text
     text = f"combined after\nthe {late}" if late in ("proj", "pred") else text
-    axes.text(10.35, 3.8 if not late else 5, text, ha="center", va="center", size=8)
+    axes.text(10.35, 4.35 if late else 3.8, text, ha="center", va="center", size=8)
     arrow((8.85, 5.0), (9.4, 5.0), f"{d}", (9.12, 5.25))
     text = f"projector, to {c.dim}\npredictor,\n{c.predictor_hidden} units inside"
     box(12, 4.3, 2.2, 1.4, text, blue)
-    arrow((11.4, 5.0), (11.95, 5.0))
+    arrow((9.4 if late else 11.4, 5.0), (11.95, 5.0))
     text = "the same weights"
     if c.framework != "simsiam":
         text = f"moving average\na = {c.key_momentum:g}, each step"
@@ -676,6 +676,7 @@ def about_batch(run):
     if run.method == "simclr":
         return f"{text} of 2N = {2 * c.batch_size} views, each against all the others."
     text += f", summed over both directions. Encoding: {c.encode}, combined at: {c.combine_at}."
+    text += f" Views: {c.full_crops}, small ones besides: {c.small_crops}."
     if c.framework == "simsiam":
         return f"{text} SimSiam: the target is the online branch, without a gradient."
     steps = 1 / (1 - c.key_momentum + 1e-9)
@@ -726,7 +727,7 @@ def about_ablation(name, groups):
     text += ", ".join(map(str, sorted({run.config.get("seed", 0) for run in runs})))
     text += f". {about_knn(first)} Probe: a linear classifier on frozen features. The last epoch, "
     text += "not the best; mean ± standard deviation (n - 1) over runs of one setting. Minutes: of "
-    text += f"pretraining, on each run's own machine."
+    text += "pretraining, on each run's own machine."
     if first.method == "fast-moco":
         text += f" The document's figures: {ABLATIONS[name][3]}."
     late = [run.name for run in runs if run.epoch < run.epochs]

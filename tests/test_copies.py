@@ -90,7 +90,8 @@ def test_fix_keeps_the_rest_byte_for_byte(tree):
     for script in ("fast_moco", "linear_eval", "knn_monitor", "plots"):
         tree.path(script).unlink(missing_ok=True)
     tree.path("simclr").write_bytes(before + b"def f():\n    return 2" + after + b"\nA = B = 3")
-    extra = b"\n\n\nclass Config:\n    pass\n\n\ndef train():\n    pass\n\n\ndef main():\n    pass\n"
+    extra = b"\n\n\nclass Config:\n    pass\n"
+    extra += b"\n\n\ndef train():\n    pass\n\n\ndef main():\n    pass\n"
     with open(tree.path("moco_cifar"), "ab") as file:
         file.write(extra)
     assert tree.run("--check")[0] == 1

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+TABLES = {"results": "table", "labels": "table_of_labels"}  # <!-- results --> ... <!-- /results -->
 LOCAL = ("out", "data", "data_dir", "checkpoints")  # settings that only name places on a machine
 
 
@@ -48,6 +48,16 @@ def collect(run, data):
         if linear := load(path):
             how = {"config": settings(linear["config"]), "machine": linear["machine"]}
             result[name] = linear["result"] | how
+    result["evaluations"] = {}  # those of few labels, fine-tuned, supervised: a folder each
+    for path in sorted(run.glob("*/linear.pt")):
+        if path.parent.name != "random":
+            linear = load(path)
+            how = {"config": settings(linear["config"]), "machine": linear["machine"]}
+            result["evaluations"][path.parent.name] = linear["result"] | how
+            along = path.parent / "along.jsonl"
+            if along.exists():
+                rows = [json.loads(row) for row in along.read_text().splitlines()][1:]
+                result["evaluations"][path.parent.name]["along"] = rows
     rows = run / "knn.jsonl"
     rows = [json.loads(row) for row in rows.read_text().splitlines()] if rows.exists() else []
     result["knn"] = [
@@ -64,25 +74,43 @@ def show(values):
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def table(results):
-    """The Markdown table: a row for the runs that differ in nothing but their seed"""
+def grouped(results):
+    """Lists of the runs that differ in nothing but their seed"""
     groups = {}
     for result in results:
         config = {key: value for key, value in result["config"].items() if key != "seed"}
         where = result["machine"]["device"], result["machine"]["precision"]
         key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
         groups.setdefault(key, []).append(result)
+    return groups.values()
+
+
+def name_of(result):
+    """The method, and what of Fast-MoCo's variants it was"""
+    config, name = result["config"], result["method"]
+    if name != "fast-moco":
+        return name
+    parts = [config["framework"]] if config["framework"] != "moco" else []
+    parts += [config["encode"]] if config["encode"] != "divide-combine" else []
+    return ", ".join([name, *parts])
+
+
+def table(results):
+    """A row for the runs that differ in nothing but their seed"""
     lines = [
         "| method | data | encoder | epochs | seeds | k-NN % | probe top-1 % | pixels k-NN % "
         "| random encoder k-NN, probe % | minutes | on |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for group in groups.values():
+    for group in grouped(results):
         result, config = group[0], group[0]["config"]
 
         def knn(what, group=group):
             rows = [row for r in group for row in r["knn"] if row["what"] == what]
-            return show([row["correct"] / row["n_test"] for row in rows]) if rows else ""
+            values = [row["correct"] / row["n_test"] for row in rows]
+            if not rows and what == group[0]["method"]:  # only its own monitor has measured it
+                values = [r["history"][-1]["knn_top1"] for r in group if r["history"]]
+            return show(values) if values else ""
 
         def probe(name, group=group):
             rows = [r[name] for r in group if name in r]
@@ -93,7 +121,7 @@ def table(results):
         machine = result["machine"]
         device = f"{machine['device']}, {machine['threads']} threads, "
         device += machine["precision"].removeprefix("torch.")
-        cells = [result["method"], data, f"{config['arch']}, width {config['width']}"]
+        cells = [name_of(result), data, f"{config['arch']}, width {config['width']}"]
         cells += [
             config["epochs"],
             len(group),
@@ -106,11 +134,50 @@ def table(results):
     return "\n".join(lines)
 
 
+LABELS = {  # folder of an evaluation: what it is, and the SimCLR course report's top-1 and top-3
+    "finetune": ("pretrained, end to end", "77.4 / 94.8"),
+    "probe": ("pretrained, frozen", "71.3 / 93.6"),
+    "random-finetune": ("random init, end to end", "38.2 / 60.1"),
+    "random-probe": ("random init, frozen", "15.6 / 34.4"),
+    "supervised": ("supervised", "drawn only"),
+}
+
+
+def table_of_labels(results):
+    """What is reached with a part of the labels: the SimCLR report's Table 1 and more"""
+    lines = [
+        "| pretraining | data | encoder, epochs | evaluation | labels | seeds | top-1 % | top-3 % "
+        "| the report's (ResNet-50, all of CIFAR-10) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group in grouped(results):
+        result, config = group[0], group[0]["config"]
+        for folder in result.get("evaluations", {}):
+            kind, _, share = folder.rpartition("-") if folder[-1].isdigit() else (folder, "", "1")
+            if kind not in LABELS:
+                continue
+            what, report = LABELS[kind]
+            found = [r["evaluations"][folder] for r in group if folder in r["evaluations"]]
+            data = f"{result['data']['name']}, {result['data']['n_train']:,} images"
+            encoder = f"{config['arch']}, width {config['width']}, {config['epochs']}"
+            labels = f"{found[0].get('n_labels', '')} ({100 * float(share):g} %)"
+            tops = [
+                show([e["correct"][top] / e["n_test"] for e in found]) for top in ("top1", "top3")
+            ]
+            cells = [name_of(result), data, encoder, what, labels, len(found), *tops, report]
+            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def replace_table(text, results):
-    """README text with the table between its markers rebuilt"""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(results)}\n{END}{after}"
+    """README text with the tables between their markers rebuilt"""
+    for name, function in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            _, _, after = rest.partition(end)
+            text = f"{before}{begin}\n{globals()[function](results)}\n{end}{after}"
+    return text
 
 
 def published(folder=ROOT / "results"):
