@@ -293,7 +293,7 @@ def draw_comparison(runs):
         panels["bars"].invert_yaxis()
     panels["loss"].set_ylabel("loss (nats)")
     panels["knn"].set_ylabel("k-NN top-1 (%)")
-    figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower left")
+    figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside right upper")
     return figure
 
 
@@ -326,7 +326,7 @@ def draw_simclr(run, images=None):
     axes.text(11.98, 5.3, "z · z / T for all 2N views", ha="center", va="center", size=8)
     text = "green: its other view\ngray: 2N - 2 negatives\nwhite: itself, left out"
     axes.text(11.98, 2.15, text, ha="center", va="center", size=7.5)
-    text = f"NT-Xent, T = {c.temperature:g}\nwhich of 2N - 1 is my other view?"
+    text = f"NT-Xent, T = {c.temperature:g}\nwhich of the 2N - 1 others\nis my second view?"
     box(11.0, 0.5, 2.8, 0.95, f"{text}\nchance: {chance_of(run)[0]:.2f}", purple)
     return figure
 
@@ -388,7 +388,8 @@ def draw_fast_moco(run, images=None):
     if chance := chance_of(run):
         which = f"T = {c.temperature:g}: which of N = {n}\nis mine? chance: {chance[0]:.2f}"
         which += f"\nz: nearest of {c.queue_size} before" * (c.framework == "nnclr")
-    text = f"{FRAMEWORKS[c.framework]}\n{which}\nboth directions"
+    name = "ctr(z_c, z)" if c.framework == "moco" else FRAMEWORKS[c.framework]
+    text = f"{name}\n{which}\nboth directions"
     box(12, 0.7, 3.1, 1.4, text, purple)
     arrow((10.85, 1.4), (11.95, 1.4), "target", (11.4, 1.6))
     rows = 4 if late in STITCHED else len(some)
@@ -403,7 +404,7 @@ DIAGRAMS |= {"simclr": draw_simclr, "fast-moco": draw_fast_moco}
 def draw_along(run):
     """Accuracy of classifiers against the epochs of pretraining (the SimCLR report's Figure 2)"""
     title = f"Accuracy along the pretraining: {run.name}"
-    figure = new_figure(title, about_along(run), 9, 4.4)
+    figure = new_figure(title, about_along(run), 11, 4.4)
     panels, curves = figure.subplots(1, 2), [e for e in run.evaluations if e.along]
     levels = [e for e in run.evaluations if e.mode == "supervised" and e.result and not e.along]
     for axes, key in zip(panels, ("top1", "top3")):
@@ -415,7 +416,7 @@ def draw_along(run):
         axes.set_ylabel(f"{run.which} top-{key[3:]} (%)")
         axes.set_xlabel("epoch of pretraining")
     labels = panels[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower left", ncols=2)
+    figure.legend(*labels, loc="outside right upper")
     return figure
 
 
