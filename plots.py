@@ -327,7 +327,7 @@ def draw_simclr(run, images=None):
     text = "green: its other view\ngray: 2N - 2 negatives\nwhite: itself, left out"
     axes.text(11.98, 2.15, text, ha="center", va="center", size=7.5)
     text = f"NT-Xent, T = {c.temperature:g}\nwhich of the 2N - 1 others\nis my second view?"
-    box(11.0, 0.5, 2.8, 0.95, f"{text}\nchance: {chance_of(run)[0]:.2f}", purple)
+    box(11.0, 0.25, 2.8, 1.35, f"{text}\nchance: {chance_of(run)[0]:.2f}", purple)
     return figure
 
 
