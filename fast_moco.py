@@ -308,7 +308,8 @@ def compare(model, z_c, z):
     if config.framework in ("byol", "simsiam"):  # no negatives: twice (1 - cosine)
         return 2 - 2 * (unit(z_c) * z.repeat(len(z_c) // len(z), 1)).sum(1).mean()
     if config.framework == "nnclr":  # not z, but the nearest to it of those that came before
-        z = model.queue.keys[(z @ model.queue.keys.T).argmax(1)]
+        with torch.autocast(z.device.type, enabled=False):
+            z = model.queue.keys[(z @ model.queue.keys.T).argmax(1)]
     return ctr(z_c, z, config.temperature)
 
 
