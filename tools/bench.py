@@ -1,6 +1,6 @@
 """How fast the pretraining scripts are, part by part, and beside a plain baseline.
 
-    python tools/bench.py                      # MoCo and the baseline: about 5 minutes on 2 cores
+    python tools/bench.py                      # MoCo and the baseline: up to 5 minutes on 2 cores
     python tools/bench.py --method all --end-to-end-batch-size 0
     python tools/bench.py --arch resnet8 --width 8 --batch-size 16 --images 500    # a quick look
 
@@ -8,14 +8,17 @@ What is timed is the script's own `train`, fed with random images by its own `Ru
 (script or baseline) has a process of its own, and only one works at a time: A B C, A B C, ... The
 machine's noise meets all alike; a ratio is the median of those within a round. A repeat is as many
 steps as fill --seconds, on a CPU mostly one; before the first round there is a warm-up (one step, 5
-on a GPU); the device is synchronised at both ends. "step": the batch is ready on the device, ours
-as uint8, to be augmented within the step, the baseline's as finished views. "end to end": the data
-is included. With workers, the baseline's is a short epoch that starts with no batch ready.
+on a GPU; none end to end on a CPU); the device is synchronised at both ends. "step": the batch is
+ready on the device, ours as uint8, to be augmented within the step, the baseline's as finished
+views. "end to end": the data is included. With workers, the baseline's is a short epoch that starts
+with no batch ready.
+
+Fast-MoCo is compared with itself without patches, --encode whole, which is MoCo v3.
 
 The baseline is MoCo as plain scripts do it: PIL transforms image by image in a DataLoader, float32,
 NCHW, a loop over the parameters for the momentum update, .item() at each step. It has glibc's
-memory allocator as it comes. On a CPU the scripts tell theirs to keep its memory; "same allocator"
-is a baseline that does so too.
+memory allocator as it comes. On a CPU the scripts tell theirs to keep its memory;
+--same-allocator adds a baseline that does so too.
 
 Peak memory is the process's after the rounds: on CUDA torch's max_memory_allocated, else ru_maxrss,
 with Python, torch and the images in it. FLOPs are what torch's FlopCounterMode counts in a real
@@ -279,7 +282,7 @@ def perform(conn, who, method, options, batch_size, folder):
     values = dict(data=f"{folder}/noise.npz", out=f"{folder}/{os.getpid()}", batch_size=batch_size)
     values |= dict(arch=options.arch, width=options.width, device=options.device, image_size=32)
     values |= dict(epochs=10**6, knn_every=0, knn_k=min(200, options.images))
-    values |= dict(compile=who == "compiled")
+    values |= dict(encode="whole") if who == "encode whole" else {}
     values = {k: values[k] for k in script.Config.__dataclass_fields__ if k in values}
     try:
         config = script.check_config(script.Config(**values))
@@ -345,8 +348,9 @@ def take_turns(turns, options):
     gpu, steps, answers = options.device != "cpu", {}, {name: [] for name in turns}
     for name, (variant, task) in turns.items():
         workers = options.workers if (name, task) == ("baseline", "end_to_end") else 0
-        least = max(1, 2 * workers)
-        for _ in range(5 if gpu and least == 1 else 1):
+        least, seconds = max(1, 2 * workers), options.seconds
+        warm_up = 5 if gpu and least == 1 else int(gpu or task != "end_to_end")
+        for _ in range(warm_up):
             seconds = variant(task, least)["seconds"]
         steps[name] = max(least, round(options.seconds / seconds))
     for _ in tqdm(range(options.repeats), "rounds", disable=None, leave=False):
@@ -373,9 +377,9 @@ def measure(method, options, folder, matrix_flops):
     """Everything about one script -> a plain dict"""
     result, sizes = {"ratios": {}}, (options.batch_size, options.end_to_end_batch_size)
     gpu = options.device != "cpu"
-    rivals = ["baseline"] if method == "moco" else []
-    names = ["ours", *rivals, *(["baseline, same allocator"] if rivals and not gpu else [])]
-    names += ["compiled"] if options.compile else []
+    rivals = {"moco": ["baseline"], "fast-moco": ["encode whole"]}.get(method, [])
+    names = ["ours", *rivals]
+    names += ["baseline, same allocator"] if method == "moco" and options.same_allocator else []
     with variants(names, method, options, sizes[0], folder) as some:
         # watching the parts synchronises: on a GPU it gets a turn of its own
         turns = {name: (variant, "step") for name, variant in some.items()}
@@ -401,7 +405,7 @@ def measure(method, options, folder, matrix_flops):
     return result
 
 
-def matrix_rate(device, dtype, tries=5):
+def matrix_rate(device, dtype, tries=20):
     """TFLOP/s of a product of square matrices, the best of some tries"""
     n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
@@ -534,7 +538,9 @@ def parse(argv):
     add("--seconds", type=float, default=1.0, help="of a repeat, about [1]")
     add("--images", type=int, default=50_000, help="random images to train on [50000]")
     add("--workers", type=int, help="of the baseline's loader [0; on a GPU one a core]")
-    add("--compile", action="store_true", help="time the scripts with --compile too")
+    add(
+        "--same-allocator", action="store_true", help="another baseline, which keeps its memory too"
+    )
     add("--json", type=Path, help="where the numbers go [results/bench-<machine>.json]")
     options = parser.parse_args(argv)
     for name in "width batch_size repeats seconds images".split():
@@ -543,11 +549,6 @@ def parse(argv):
     options.method = there if "all" in options.method else options.method
     if options.json and not options.json.parent.is_dir():
         raise Trouble(f"--json {options.json}: there is no such folder")
-    if options.compile:
-        scripts = [load(method) for method in options.method]
-        options.compile = all(hasattr(script.Config, "compile") for script in scripts)
-        if not options.compile:
-            print("note: the scripts have no --compile, it is left out")
     return options
 
 
