@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast_moco
 import knn_monitor
-import linear_eval
 import plots
 from fast_moco import Config, FastMoCo, build_encoder, combine, ctr, divide
 
@@ -573,11 +572,6 @@ def run(tiny_npz, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "fast-moco"
     assert fast_moco.main([*FLAGS, "--data", str(tiny_npz), "--out", str(out)]) == 0
     return out
-
-
-def test_linear_eval_takes_the_checkpoint(run, tmp_path):
-    flags = ["--epochs", "1", "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path)]
-    assert linear_eval.main([str(run), *flags]) == 0
 
 
 @pytest.mark.parametrize("features", ["backbone", "head"])

@@ -470,11 +470,6 @@ def run(request, tiny_npz, tmp_path_factory):
     return out
 
 
-def test_linear_eval_takes_the_checkpoint(run, tmp_path):
-    flags = ["--epochs", "1", "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path)]
-    assert linear_eval.main([str(run), *flags]) == 0
-
-
 @pytest.mark.parametrize("features", ["backbone", "head"])
 def test_knn_monitor_takes_the_checkpoint(run, features, tmp_path, capsys):
     flags = ["--features", features, "--k", "5", "--device", "cpu", "--out", str(tmp_path)]
