@@ -75,10 +75,10 @@ data/shapes.npz: | $(READY)
 
 # what follows a pretraining, for every run
 runs/%/linear.pt: runs/%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --seed $(SEED) $(EVAL)
 
 runs/%/random/linear.pt: runs/%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --init random $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --init random --seed $(SEED) $(EVAL)
 
 runs/%/knn.jsonl: runs/%/pretrain.pt
 	$(PYTHON) knn_monitor.py $(<D) --baseline pixels
@@ -100,10 +100,10 @@ runs/report-moco-$(call tag,100)/pretrain.pt: | $(READY)
 	$(PYTHON) moco_cifar.py --recipe report --data '$(DATA)' --epochs $(or $(EPOCHS),100) --seed $(SEED) --out $(@D) $(ARGS)
 
 runs/report-moco-%/linear.pt: runs/report-moco-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe report $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe report --seed $(SEED) $(EVAL)
 
 runs/report-moco-%/random/linear.pt: runs/report-moco-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe report --init random $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe report --init random --seed $(SEED) $(EVAL)
 
 figures/report-moco-%/report.md: runs/report-moco-%/linear.pt runs/report-moco-%/random/linear.pt runs/report-moco-%/knn.jsonl
 	$(PYTHON) plots.py runs/report-moco-$* --out $(@D) --report
@@ -117,22 +117,22 @@ runs/report-simclr-$(call tag,50)/pretrain.pt: | $(READY)
 
 # Table 1: {pretrained, random} x {frozen, end-to-end}, and supervised with few labels and with all
 runs/report-simclr-%/probe-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode probe --probe-every $(ALONG) $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode probe --probe-every $(ALONG) --seed $(SEED) $(EVAL)
 
 runs/report-simclr-%/finetune-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode finetune --probe-every $(ALONG) $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode finetune --probe-every $(ALONG) --seed $(SEED) $(EVAL)
 
 runs/report-simclr-%/random-probe-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode probe --init random $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode probe --init random --seed $(SEED) $(EVAL)
 
 runs/report-simclr-%/random-finetune-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode finetune --init random $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode finetune --init random --seed $(SEED) $(EVAL)
 
 runs/report-simclr-%/supervised-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode supervised $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode supervised --seed $(SEED) $(EVAL)
 
 runs/report-simclr-%/supervised/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode supervised --labels 1 $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode supervised --labels 1 --seed $(SEED) $(EVAL)
 
 figures/report-simclr-%/report.md: runs/report-simclr-%/knn.jsonl $(TABLE_1:%=runs/report-simclr-\%/%/linear.pt)
 	$(PYTHON) plots.py runs/report-simclr-$* --out $(@D) --report
@@ -143,7 +143,7 @@ fast-moco-semi-1: runs/cifar-fast-moco-$(CIFAR)/semi-1/linear.pt  ## 1 % of the 
 fast-moco-semi-10: runs/cifar-fast-moco-$(CIFAR)/semi-10/linear.pt  ## 10 % of the labels (B.3)
 
 $(foreach p,fast-moco semi-1 semi-10,runs/%/$p/linear.pt): runs/%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe $(notdir $(@D)) --out $(@D) $(EVAL)
+	$(PYTHON) linear_eval.py $(<D) --recipe $(notdir $(@D)) --out $(@D) --seed $(SEED) $(EVAL)
 
 # Ablations of Fast-MoCo: a run for each value and each of SEEDS, then one figure and one table
 ABLATIONS := stage encode frameworks parts batch

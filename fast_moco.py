@@ -11,7 +11,7 @@ encoder (a moving average, as in MoCo). There is no queue: the negatives are the
     ... and the same with the views exchanged
 
 What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary):
- 1. The stem is made for 32x32, and a patch has 16x16 pixels, a quarter of what ImageNet's have.
+ 1. The stem is made for 32x32, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
  3. The loss is the sum of both directions: chance is 2 ln N, 12.48 at batch 512.
  4. --encode whole is MoCo v3 with the same everything, to compare with.
@@ -1244,8 +1244,8 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-POSITIVE = "image_size std width head_hidden predictor_hidden dim grid parts_combined".split()
-POSITIVE += "queue_size temperature bn_splits knn_k".split()
+POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
+    temperature bn_splits knn_k""".split()
 SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 

@@ -1115,8 +1115,8 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-POSITIVE = "image_size std width head_hidden predictor_hidden dim grid parts_combined".split()
-POSITIVE += "queue_size temperature bn_splits knn_k".split()
+POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
+    temperature bn_splits knn_k""".split()
 SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 

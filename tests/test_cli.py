@@ -322,6 +322,51 @@ def test_moco_refuses(here, refused, flags):
     assert listing(here) == before
 
 
+OTHER_REFUSES = {  # of the other pretraining scripts: what all have, and what is their own
+    "simclr --temperature 0": "--temperature 0.0: must be more than 0",
+    "simclr --temperature nan": "--temperature nan: must be",
+    "simclr --knn-k 0": "--knn-k 0: must be more than 0",
+    "simclr --batch-size 1": "--batch-size 1: must be 2 or more",
+    "simclr --batch-size automatic": "--batch-size",
+    "simclr --epochs auto": "--epochs",
+    "simclr --augment crop,blurr": "--augment blurr",
+    "simclr --optimizer adamw": "adamw",
+    "simclr --schedule step": "step",
+    "simclr --warmup-epochs 5": "--warmup-epochs 5.0: must be at most --epochs 1",
+    "simclr --flip 2": "--flip 2.0: must be from 0 to 1",
+    "simclr --queue-size 5": "--queue-size",
+    "simclr --dim 0": "--dim 0: must be more than 0",
+    "simclr --recipe v2": "v2",
+    "simclr --out run": "run holds a run with other settings (",
+    "fast_moco --temperature 0": "--temperature 0.0: must be more than 0",
+    "fast_moco --framework vicreg": "vicreg",
+    "fast_moco --encode divided": "divided",
+    "fast_moco --combine-at stage4": "stage4",
+    "fast_moco --grid 0": "--grid 0: must be more than 0",
+    "fast_moco --grid 3": "--image-size 16 must be a multiple of --grid 3",
+    "fast_moco --parts-combined 0": "--parts-combined 0: must be more than 0",
+    "fast_moco --parts-combined 5": "--parts-combined 5: of 4 patches",
+    "fast_moco --combine-at stage2 --encode montage": "--combine-at is for pairs",
+    "fast_moco --combine-at proj --parts-combined 3": "--combine-at is for pairs",
+    "fast_moco --full-crops 1": "--full-crops 1: two views at least",
+    "fast_moco --encode sample --small-crops 2": "--small-crops",
+    "fast_moco --queue-size 0": "--queue-size 0: must be more than 0",
+    "fast_moco --predictor-hidden 0": "--predictor-hidden 0: must be more than 0",
+    "fast_moco --clip -1": "--clip -1.0: must be",
+    "fast_moco --key-momentum 2": "--key-momentum 2.0: must be from 0 to 1",
+    "fast_moco --warmup-epochs 2": "--warmup-epochs 2.0: must be at most --epochs 1",
+    "fast_moco --batch-size 121": "--batch-size 121: there are only 120 training images",
+}
+
+
+@pytest.mark.parametrize("line", OTHER_REFUSES)
+def test_the_other_methods_refuse(here, refused, line):
+    script, *flags = shlex.split(line)
+    before = listing(here)
+    refused(importlib.import_module(script).main, [*ANY, *flags], OTHER_REFUSES[line])
+    assert listing(here) == before
+
+
 LINEAR_REFUSES = {
     "": "name at least one run folder or checkpoint",
     "run --nonsense": "--nonsense",

@@ -134,3 +134,10 @@ def test_what_cannot_be_compared_is_an_error(tree):
     tree.path("simclr").write_text(right.replace("FORMAT =", "FORMAT, MORE ="))
     assert tree.run("--fix")[0] == 2  # would lose MORE
     assert "MORE" in tree.path("simclr").read_text()
+
+
+def test_a_copy_is_one_statement(tree, capsys):
+    """What is added to a constant later would not be compared: it has hidden a difference once."""
+    with open(tree.path("simclr"), "a") as file:
+        file.write('\nPOSITIVE += ["more"]\n')
+    assert tree.run("--check") == (2, [])

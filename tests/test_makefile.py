@@ -137,7 +137,7 @@ def test_the_parameters_reach_pretraining_and_stand_in_the_path(make):
 
 def test_all_of_the_baselines_are_measured(make):
     lines = planned(make("-n", *CHAIN))
-    for end in ("--init random", "--baseline pixels", "--baseline random"):
+    for end in ("--init random --seed 1", "--baseline pixels", "--baseline random"):
         assert sum(line.rstrip().endswith(f"runs/{RUN} {end}") for line in lines) == 1, end
 
 
@@ -279,12 +279,12 @@ def test_the_report_on_simclr_has_all_of_table_1(make):
     evaluations = {line.split(f"runs/{run} ")[1].rstrip() for line in lines if "linear_" in line}
     how = "--recipe simclr-report --mode"
     assert evaluations == {
-        f"{how} probe --probe-every 2",
-        f"{how} finetune --probe-every 2",
-        f"{how} probe --init random",
-        f"{how} finetune --init random",
-        f"{how} supervised",
-        f"{how} supervised --labels 1",
+        f"{how} probe --probe-every 2 --seed 0",
+        f"{how} finetune --probe-every 2 --seed 0",
+        f"{how} probe --init random --seed 0",
+        f"{how} finetune --init random --seed 0",
+        f"{how} supervised --seed 0",
+        f"{how} supervised --labels 1 --seed 0",
     }
     assert lines[-1] == f"./python plots.py runs/{run} --out figures/{run} --report"
 
@@ -300,7 +300,10 @@ def test_the_report_on_moco_uses_its_recipes_and_epochs(make):
 def test_fast_mocos_own_evaluations(make, recipe, name):
     run = "runs/cifar-fast-moco-200ep-seed0"
     last = planned(make("-n", f"fast-moco-{name}"))[-1]
-    assert last.rstrip() == f"./python linear_eval.py {run} --recipe {recipe} --out {run}/{recipe}"
+    assert (
+        last.rstrip()
+        == f"./python linear_eval.py {run} --recipe {recipe} --out {run}/{recipe} --seed 0"
+    )
 
 
 ABLATIONS = {"stage": 7, "encode": 6, "frameworks": 8, "parts": 4, "batch": 3}

@@ -55,9 +55,15 @@ def definitions(source, script):
 def compare(scripts):
     """{script: its text} -> {name: the first script with it and those that differ}, stale ones"""
     texts, drifted, stale = {}, {}, []  # texts: {name: {script: text}}
+    changed = []  # names to which something is added later: that would not be compared
     for script, source in scripts.items():
+        nodes = [node for node in ast.parse(source).body if isinstance(node, ast.AugAssign)]
+        changed += [(script, node.target.id) for node in nodes if hasattr(node.target, "id")]
         for name, (_, _, text) in definitions(source, script).items():
             texts.setdefault(name, {})[script] = text
+    for script, name in changed:
+        if len(texts.get(name, {})) > 1:
+            raise SyntaxError(f"{script}.py: {name} is a copy, so it has to be one statement")
     for name, found in texts.items():
         held = [script for script in found if not {(script, name), ("*", name)} & DIFFERS.keys()]
         if others := [script for script in held if found[script] != found[held[0]]]:
