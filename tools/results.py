@@ -106,10 +106,12 @@ def table(results):
         result, config = group[0], group[0]["config"]
 
         def knn(what, group=group):
-            rows = [row for r in group for row in r["knn"] if row["what"] == what]
-            values = [row["correct"] / row["n_test"] for row in rows]
-            if not rows and what == group[0]["method"]:  # only its own monitor has measured it
-                values = [r["history"][-1]["knn_top1"] for r in group if r["history"]]
+            values = []
+            for r in group:
+                rows = [row for row in r["knn"] if row["what"] == what]
+                if not rows and what == r["method"] and r["history"]:  # the run's own monitor
+                    values.append(r["history"][-1]["knn_top1"])
+                values += [row["correct"] / row["n_test"] for row in rows]
             return show(values) if values else ""
 
         def probe(name, group=group):
