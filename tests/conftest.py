@@ -1,5 +1,6 @@
 """What several test files share: the path, the threads, a tiny data set, a pretrained run."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
 torch.set_num_threads(1)  # for small tensors the fastest, whatever else the machine does
 
 # the smallest network and the cheapest settings that every script takes
