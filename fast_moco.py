@@ -14,7 +14,7 @@ What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary)
  1. The stem is made for 32x32, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
  3. The loss is the sum of both directions: chance is 2 ln N, 12.48 at batch 512.
- 4. --encode whole is MoCo v3 with the same everything, to compare with.
+ 4. --encode whole is MoCo v3 with the same everything; patches take 1.076 times its FLOPs a step.
 
     python fast_moco.py                                # CIFAR-10, ResNet-18, 200 epochs
     python fast_moco.py --framework byol               # or simsiam, nnclr; with or without patches
