@@ -14,7 +14,8 @@ What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary)
  1. The stem is made for 32x32, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
  3. The loss is the sum of both directions: chance is 2 ln N, 12.48 at batch 512.
- 4. --encode whole is MoCo v3 with the same everything; patches take 1.076 times its FLOPs a step.
+ 4. --encode whole is MoCo v3 with the same everything. Patches take 1.076 times its FLOPs a step;
+    on 2 CPU cores 1.21 times its time, as small maps are slower there (docs/ablations.md).
 
     python fast_moco.py                                # CIFAR-10, ResNet-18, 200 epochs
     python fast_moco.py --framework byol               # or simsiam, nnclr; with or without patches
@@ -199,7 +200,7 @@ def build_mlp(*sizes):
 def ctr(z_c, z, temperature):
     """Algorithm 1: each combination, z_c (6N, C), is to find its own of the N images, z (N, C)."""
     with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for a softmax
-        logits = unit(z_c) @ unit(z).T / temperature  # (6N, N)
+        logits = unit(z_c) @ unit(z).T / temperature  # (6N, N), cosines / T
         labels = torch.arange(len(z), device=z.device).repeat(len(z_c) // len(z))
         return F.cross_entropy(logits, labels)  # the mean of the six losses
 
@@ -212,7 +213,7 @@ class FastMoCo(nn.Module):
         check_variant(config)
         self.config = config
         encoder = build_encoder(config.arch, config.width)
-        for block in encoder.modules():  # each begins as the identity
+        for block in encoder.modules():  # in the authors' code each begins as the identity
             if last := getattr(block, "bn3", None) or getattr(block, "bn2", None):
                 nn.init.zeros_(last.weight)
         hidden, dim = config.head_hidden, config.dim
@@ -277,7 +278,7 @@ def warmup_cosine(config, epoch):
 def train(config, run):
     """Algorithm 1. `run` brings images, goes on after a crash, measures, logs and saves."""
     model = FastMoCo(config)
-    # the predictor is a group of its own, whose rate stays: it is to be ahead of what it predicts
+    # two groups: in the authors' code the predictor's rate stays as it is
     groups = [{"params": model.online[:2].parameters()}, {"params": model.online[2].parameters()}]
     how = dict(lr=config.lr, weight_decay=config.weight_decay, foreach=True)
     sgd = torch.optim.SGD(groups, momentum=config.sgd_momentum, **how)

@@ -15,11 +15,12 @@ What differs from the paper (SimCLR, arXiv:2002.05709):
  2. The loss is the mean over the 2N views: chance is ln(2N - 1), 6.93 at batch 512. It cannot fall
     to 0: cosines end at 1, so at T = 0.5 and batch 512 about ln(1 + 1022 / e^2) = 4.9 is the end.
  3. Grayscale has probability 0.1, not 0.2 (found better on CIFAR-10 by others).
- 4. With several processes each normalises its own share of the batch; the paper normalises all.
+ 4. With several processes each has batch norm of its own, through which an image's two views could
+    know each other; the paper normalises over all devices (sec. 2.2).
 
     python simclr.py                               # CIFAR-10, ResNet-18, 200 epochs (recipe cifar)
     python simclr.py --recipe report               # the course report: ResNet-50, 50 epochs
-    python simclr.py --augment crop,flip           # a composition of augmentations (its Fig. 5)
+    python simclr.py --augment crop,flip           # a composition of augmentations (sec. 3.1)
 
 The same command goes on after an interruption. In a notebook, paste this file into one cell and
 edit Config. Then linear_eval.py says what the features are worth.
@@ -86,16 +87,15 @@ class Config:
     restart: bool = False  # start over in a folder that holds a run
 
 
-SHAPE = dict(arch="resnet50", head="linear", dim=1024)
 VIEWS = dict(crop_scale=(0.08, 1.0), gray=0.2)
-ADAM = dict(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant")
-LARGE = dict(optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10.0)
 RECIPES = {
     "cifar": {},  # the defaults: the best published settings for CIFAR-10 at this size
     # the course report; "the biggest batch size we can fit" was about 200 there
-    "report": SHAPE | VIEWS | ADAM | dict(batch_size=0, epochs=50),
-    # the paper's views and optimizer: LARS, rate 0.3 for every 256 images, warm-up (sec. 2.1)
-    "paper": VIEWS | LARGE,
+    "report": dict(arch="resnet50", head="linear", dim=1024, epochs=50, batch_size=0)
+    | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant")
+    | VIEWS,
+    # the paper's optimizer and rate, 0.3 for every 256 images (sec. 2.3), and views (appendix B.9)
+    "paper": dict(optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10.0) | VIEWS,
 }
 
 
@@ -146,7 +146,9 @@ def augment(images, recipe):
 
 
 def composition(config):
-    """The settings without the augmentations that --augment does not name (Fig. 5)"""
+    """The settings without the augmentations that --augment does not name. Both views go without
+    them (in the paper's Figure 5 one view is only cropped, and the other augmented).
+    """
     off = dict(crop=("crop_scale", (1.0, 1.0)), flip=("flip", 0.0), color=("jitter", (0.0,) * 4))
     off |= dict(gray=("gray", 0.0), blur=("blur", 0.0))
     named = set(filter(None, config.augment.split(",")))

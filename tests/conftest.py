@@ -1,5 +1,6 @@
 """What several test files share: the path, the threads, a tiny data set, a pretrained run."""
 
+import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,30 @@ torch.set_num_threads(1)  # for small tensors the fastest, whatever else the mac
 
 # the smallest network and the cheapest settings that every script takes
 TINY = "--arch resnet8 --width 4 --batch-size 40 --bn-splits 2 --queue-size 50 --knn-k 5".split()
+
+
+# what the default recipes of all three methods have (recipes.md)
+USUAL = {
+    "arch": "resnet18",
+    "width": 64,
+    "image_size": 32,
+    "epochs": 200,
+    "batch_size": 512,
+    "sgd_momentum": 0.9,
+    "jitter": (0.4, 0.4, 0.4, 0.1),
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+    "knn_k": 200,
+    "data": "cifar10",
+    "limit": 0,
+    "holdout": 0,
+}
+
+
+def check_recipe(script, recipe, expected):
+    """The recipe's settings are those, of as many as are named."""
+    config = dataclasses.asdict(script.parse_config(["--recipe", recipe]))
+    assert {name: config[name] for name in expected} == expected
 
 
 def write_npz(path, n_train=120, n_test=60, classes=10, size=16, seed=0):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import close
+from conftest import USUAL, check_recipe, close
 from test_moco import torchvision_twin
 from test_simclr import Recorded, in_two_processes
 from torch import nn
@@ -606,44 +606,34 @@ def test_the_encoder_is_torchvisions():
 
 # -- the recipes
 
-CIFAR = {  # recipes.md, document 2: Table 1 and the authors' repository; T, blur, crops our own
-    "arch": "resnet18",
-    "width": 64,
-    "image_size": 32,
-    "epochs": 200,
-    "batch_size": 512,
-    "framework": "moco",
-    "encode": "divide-combine",
-    "grid": 2,
-    "parts_combined": 2,
-    "combine_at": "final",
-    "full_crops": 2,
-    "small_crops": 0,
-    "temperature": 0.2,
-    "key_momentum": 0.99,
-    "head_hidden": 2048,
-    "dim": 2048,
-    "predictor_hidden": 512,
-    "optimizer": "sgd",
-    "lr": 0.1,
-    "sgd_momentum": 0.9,
-    "weight_decay": 1e-4,
-    "clip": 1.0,
-    "schedule": "cosine",
-    "warmup_epochs": 1.0,
-    "warmup_start": 0.025 / 0.1,
-    "crop_scale": (0.2, 1.0),
-    "flip": 0.5,
-    "jitter": (0.4, 0.4, 0.4, 0.1),
-    "gray": 0.2,
-    "blur": 0.0,
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.2470, 0.2435, 0.2616),
-    "knn_k": 200,
-    "data": "cifar10",
-    "limit": 0,
-    "holdout": 0,
-}
+CIFAR = (
+    USUAL
+    | {  # recipes.md, document 2: Table 1 and the authors' repository; T, blur, crops our own
+        "framework": "moco",
+        "encode": "divide-combine",
+        "grid": 2,
+        "parts_combined": 2,
+        "combine_at": "final",
+        "full_crops": 2,
+        "small_crops": 0,
+        "temperature": 0.2,
+        "key_momentum": 0.99,
+        "head_hidden": 2048,
+        "dim": 2048,
+        "predictor_hidden": 512,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "clip": 1.0,
+        "schedule": "cosine",
+        "warmup_epochs": 1.0,
+        "warmup_start": 0.025 / 0.1,
+        "crop_scale": (0.2, 1.0),
+        "flip": 0.5,
+        "gray": 0.2,
+        "blur": 0.0,
+    }
+)
 
 CHANGES = {
     "cifar": {},
@@ -655,8 +645,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("recipe", CHANGES)
 def test_recipe(recipe):
-    config = dataclasses.asdict(fast_moco.parse_config(["--recipe", recipe]))
-    assert {name: config[name] for name in CIFAR} == CIFAR | CHANGES[recipe]
+    check_recipe(fast_moco, recipe, CIFAR | CHANGES[recipe])
 
 
 def test_every_recipe_is_tested_and_cifar_is_the_default():

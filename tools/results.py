@@ -95,6 +95,14 @@ def name_of(result):
     return ", ".join([name, *parts])
 
 
+def data_of(result):
+    return f"{result['data']['name']}, {result['data']['n_train']:,} images"
+
+
+def row_of(cells):
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
 def table(results):
     """A row for the runs that differ in nothing but their seed"""
     lines = [
@@ -118,7 +126,7 @@ def table(results):
             rows = [r[name] for r in group if name in r]
             return show([row["correct"]["top1"] / row["n_test"] for row in rows]) if rows else ""
 
-        data = f"{result['data']['name']}, {result['data']['n_train']:,} images"
+        data = data_of(result)
         minutes = statistics.median(r["machine"]["seconds"] for r in group) / 60
         machine = result["machine"]
         device = f"{machine['device']}, {machine['threads']} threads, "
@@ -131,8 +139,9 @@ def table(results):
             probe("probe"),
             knn("pixels"),
         ]
-        cells += [f"{knn('random')}, {probe('random_probe')}", f"{minutes:.1f}", device]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        untrained = ", ".join(filter(None, [knn("random"), probe("random_probe")]))
+        cells += [untrained, f"{minutes:.1f}", device]
+        lines.append(row_of(cells))
     return "\n".join(lines)
 
 
@@ -160,14 +169,14 @@ def table_of_labels(results):
                 continue
             what, report = LABELS[kind]
             found = [r["evaluations"][folder] for r in group if folder in r["evaluations"]]
-            data = f"{result['data']['name']}, {result['data']['n_train']:,} images"
+            data = data_of(result)
             encoder = f"{config['arch']}, width {config['width']}, {config['epochs']}"
             labels = f"{found[0].get('n_labels', '')} ({100 * float(share):g} %)"
             tops = [
                 show([e["correct"][top] / e["n_test"] for e in found]) for top in ("top1", "top3")
             ]
             cells = [name_of(result), data, encoder, what, labels, len(found), *tops, report]
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+            lines.append(row_of(cells))
     return "\n".join(lines)
 
 
