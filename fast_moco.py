@@ -95,6 +95,7 @@ class Config:
     knn_k: int = 200  # neighbours that vote
     keep_every: int = 0  # keep a checkpoint every so many epochs; 0: only the last
     save_seconds: float = 60.0  # what an interruption can cost at most
+    compile: bool = False  # torch.compile: minutes at first, then faster (docs/race.md)
     restart: bool = False  # start over in a folder that holds a run
 
 
@@ -154,9 +155,7 @@ def augment(images, recipe):
 
 # %% Divide and combine
 def divide(x, grid=2):
-    """(N, C, H, W) -> patches (grid**2 N, C, H/grid, W/grid): the upper left ones of all images,
-    then those below them...
-    """
+    """(N, C, H, W) -> (grid**2 N, C, H/grid, W/grid): all upper left patches, those below..."""
     return torch.cat([patch for column in x.chunk(grid, 3) for patch in column.chunk(grid, 2)])
 
 
@@ -433,6 +432,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,7 +448,7 @@ from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
 KEYS = set("method epoch epochs config data arch width dim encoder".split())
-HARMLESS = "out data data_dir device knn_every knn_k keep_every save_seconds restart".split()
+HARMLESS = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
@@ -988,6 +988,10 @@ class Run:
         online: the part of the model that is learned, of which [0] is the encoder and [1] the head
         """
         self.model = place(model, self.device)
+        if self.config.compile:
+            if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+                raise Halt("--compile: needs a C++ compiler, g++ or clang++, on the PATH")
+            self.model.compile(dynamic=False)  # in place: the names of the weights stay
         self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
 
         def take_folder():
@@ -1023,7 +1027,7 @@ class Run:
         old = dataclasses.asdict(Config()) | saved["config"]  # a setting that is newer than the run
         old |= {"images": saved["data"]["sha256"][:8]}
         new = self.about["config"] | {"images": self.data.about["sha256"][:8]}
-        changed = [k for k in new if old.get(k) != new[k] and k not in HARMLESS]
+        changed = [k for k in new if old.get(k) != new[k] and k not in HARMLESS.split()]
         if changed:
             changed = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in changed)
             changed = f"{self.out} holds a run with other settings ({changed})"
@@ -1089,7 +1093,8 @@ class Run:
         print(f"{METHOD}: {about['n_train']} images of {size}x{size} from {about['name']}")
         print(f"{config.arch} of width {config.width}, {weights:.2f} M weights to learn")
         print(f"{config.epochs} epochs of {self.steps} steps, into {self.out}/")
-        print(f"on {machine['device']}, {machine['threads']} threads, {dtype}", flush=True)
+        more = ", compiled: the first step takes minutes" if config.compile else ""
+        print(f"on {machine['device']}, {machine['threads']} threads, {dtype}{more}", flush=True)
         if self.step:
             print(f"going on after step {self.step}, epoch {self.step / self.steps:.2f}")
 

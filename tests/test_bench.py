@@ -4,7 +4,9 @@ another, and what is counted and timed is what it says.
 
 import contextlib
 import io
+import itertools
 import json
+import math
 import platform
 import re
 import statistics
@@ -167,18 +169,41 @@ def test_serve_does_the_steps_that_are_ordered(monkeypatch):
     assert clock.step is real  # the watch is off again
 
 
-def test_variants_take_turns_after_a_warm_up():
-    log = []
+def take_turns(log, theirs, **options):
+    """The answers of ours (a step, 0.1 s) and a baseline (end to end, so many seconds)"""
 
     def variant(name, seconds):
         return lambda task, n: log.append((name, task, n)) or {"seconds": seconds}
 
-    options = SimpleNamespace(device="cpu", workers=3, repeats=2, seconds=1.0)
-    turns = {"ours": (variant("ours", 0.1), "step"), "baseline": (variant("b", 9), "end_to_end")}
-    answers = bench.take_turns(turns, options)
-    warm_up = [("ours", "step", 1)]  # end to end there is none on a CPU
-    assert log == warm_up + 2 * [("ours", "step", 10), ("b", "end_to_end", 6)]
-    assert [len(rows) for rows in answers.values()] == [2, 2]
+    some = dict(device="cpu", compile=False, workers=0, repeats=2, seconds=1, deadline=math.inf)
+    turns = {"ours": (variant("ours", 0.1), "step")}
+    turns["baseline"] = variant("b", theirs), "end_to_end"
+    answers = bench.take_turns(turns, SimpleNamespace(**some | options))
+    return [len(rows) for rows in answers.values()]
+
+
+def test_variants_take_turns_after_a_warm_up():
+    log = []
+    assert take_turns(log, 9, workers=3) == [2, 2]
+    other = ("b", "end_to_end", 6)  # a short epoch, with three workers
+    assert log == [("ours", "step", 1), other] + 2 * [("ours", "step", 10), other]
+
+
+def test_the_first_round_counts_where_the_others_are_like_it():
+    for options, warm_up in (({}, 0), ({"compile": True}, 1), ({"device": "cuda"}, 5)):
+        assert take_turns(log := [], 9, seconds=0.1, repeats=4, **options) == [4, 4]
+        assert [name for name, *_ in log] == warm_up * ["ours"] + warm_up * ["b"] + 4 * [
+            "ours",
+            "b",
+        ]
+
+
+def test_rounds_end_in_time_but_three_there_are(monkeypatch):
+    ticks = itertools.count(0, 10)  # a round takes 10 s
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(ticks))
+    for minutes, rounds in ((0, 3), (1, 3), (2, 5), (9, 8)):
+        ticks = itertools.count(0, 10)
+        assert take_turns([], 9, repeats=8, deadline=60 * minutes) == [rounds, rounds]
 
 
 def test_matrix_rate_is_of_the_fastest(monkeypatch):
@@ -241,7 +266,7 @@ def test_the_numbers_follow_from_one_another(whole):
     assert 3.5 < flops / notes["flops"] < 4.5
     assert len(result["probe"]["epoch_seconds"]["rounds"]) == 3
     assert min(result["probe"]["epoch_seconds"]["rounds"]) > 0
-    assert len(moco["knn"]) == 3 and moco["knn"][0]["images"] == 300
+    assert len(moco["knn"]) == 3 and moco["knn"][0]["images"] == 250
     assert machine["torch"] == torch.__version__ and machine["threads"] >= 1
     assert result["settings"]["batch_size"] == 16
 

@@ -362,6 +362,34 @@ def test_monitors_do_not_disturb(script, other, common, tmp_path):  # R8
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+@every_script
+def test_a_compiled_step_is_the_same_step(script, common, tmp_path, monkeypatch, capsys):
+    """Traced as for torch.compile, but not translated, which would take minutes; stopped, too."""
+    flags, real, calls = [*common, *OWN[script].split()], torch.compile, []
+
+    def trace(function, **how):
+        calls.append(how)
+        return real(function, **how, backend=lambda graph, _: calls.append(graph) or graph)
+
+    assert script.main([*flags, "--out", str(tmp_path / "a")]) == 0
+    monkeypatch.setattr(torch, "compile", trace)
+    torch.compiler.reset()
+    interrupt(monkeypatch, [*flags, "--compile"], tmp_path / "b", script=script)
+    assert calls and calls[0] == {"dynamic": False} and len(calls) > 1  # something was traced
+    assert "compiled" in capsys.readouterr().out
+    assert script.main([*flags, "--out", str(tmp_path / "b")]) == 0  # a compiler is not needed
+    a, b = (torch.load(tmp_path / name / "pretrain.pt", weights_only=True) for name in "ab")
+    for part in ("encoder", "head"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+def test_compile_without_a_compiler(flags, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(moco_cifar.main, [*flags, "--compile", "--out", tmp_path / "a"], "needs a C++ compiler")
+    assert not (tmp_path / "a").exists()
+
+
 def test_seed_matters(flags, tmp_path, whole):
     assert moco_cifar.main([*flags, "--seed", "1", "--out", str(tmp_path / "b")]) == 0
     assert digest(tmp_path / "b" / "pretrain.pt") != whole

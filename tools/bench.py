@@ -7,11 +7,11 @@
 What is timed is the script's own `train`, fed with random images by its own `Run`. Each variant
 (script or baseline) has a process of its own, and only one works at a time: A B C, A B C, ... The
 machine's noise meets all alike; a ratio is the median of those within a round. A repeat is as many
-steps as fill --seconds, on a CPU mostly one; before the first round there is a warm-up (one step, 5
-on a GPU; none end to end on a CPU); the device is synchronised at both ends. "step": the batch is
-ready on the device, ours as uint8, to be augmented within the step, the baseline's as finished
-views. "end to end": the data is included. With workers, the baseline's is a short epoch that starts
-with no batch ready.
+steps as fill --seconds, the device synchronised at both ends. The first round, of one step (5 on a
+GPU), is the warm-up; on a CPU it counts if the others are no longer. "step": the batch is ready on
+the device, ours as uint8, to be augmented within the step, the baseline's as finished views. "end
+to end": the data is included. With workers, the baseline's is a short epoch that starts with no
+batch ready.
 
 Fast-MoCo is compared with itself without patches, --encode whole, which is MoCo v3.
 
@@ -224,7 +224,7 @@ def knn_pass(script, run):
     """-> {"images", "features", "vote"}: seconds of a part of the script's knn_accuracy"""
     bank = torch.randn(len(run.data.x_train), run.encoder.dim, device=run.device)
     labels = torch.randint(10, (len(bank),), device=run.device)
-    images = run.data.x_train[: 1000 if run.device.type == "cpu" else 10_000]
+    images = run.data.x_train[: 250 if run.device.type == "cpu" else 10_000]
     start = now(run.device)
     features = script.extract_features(run.encoder, images, run.config, run.autocast)
     middle = now(run.device)
@@ -283,6 +283,7 @@ def perform(conn, who, method, options, batch_size, folder):
     values |= dict(arch=options.arch, width=options.width, device=options.device, image_size=32)
     values |= dict(epochs=10**6, knn_every=0, knn_k=min(200, options.images))
     values |= dict(encode="whole") if who == "encode whole" else {}
+    values |= dict(compile=options.compile and who not in ("eager", "baseline"))
     values = {k: values[k] for k in script.Config.__dataclass_fields__ if k in values}
     try:
         config = script.check_config(script.Config(**values))
@@ -346,14 +347,21 @@ def variants(names, *args):
 def take_turns(turns, options):
     """turns {name: (variant, task)} -> {name: [answer, ...]}, interleaved, after a warm-up"""
     gpu, steps, answers = options.device != "cpu", {}, {name: [] for name in turns}
+    start = time.monotonic()
     for name, (variant, task) in turns.items():
         workers = options.workers if (name, task) == ("baseline", "end_to_end") else 0
-        least, seconds = max(1, 2 * workers), options.seconds
-        warm_up = 5 if gpu and least == 1 else int(gpu or task != "end_to_end")
-        for _ in range(warm_up):
-            seconds = variant(task, least)["seconds"]
-        steps[name] = max(least, round(options.seconds / seconds))
-    for _ in tqdm(range(options.repeats), "rounds", disable=None, leave=False):
+        least = max(1, 2 * workers)
+        for _ in range(5 if gpu and least == 1 else 1):
+            answer = variant(task, least)
+        steps[name] = max(least, round(options.seconds / answer["seconds"]))
+        answers[name].append(answer)
+    if gpu or options.compile or max(steps.values()) > 1:
+        answers = {name: [] for name in turns}
+    counted = len(answers["ours"])
+    for n in tqdm(range(counted, options.repeats), "rounds", disable=None, leave=False):
+        seconds, start = time.monotonic() - start, time.monotonic()
+        if n >= 3 and start + seconds > options.deadline:
+            break
         for name, (variant, task) in turns.items():
             answers[name].append(variant(task, steps[name]))
     return answers
@@ -378,6 +386,7 @@ def measure(method, options, folder, matrix_flops):
     result, sizes = {"ratios": {}}, (options.batch_size, options.end_to_end_batch_size)
     gpu = options.device != "cpu"
     rivals = {"moco": ["baseline"], "fast-moco": ["encode whole"]}.get(method, [])
+    rivals += ["eager"] if options.compile else []
     names = ["ours", *rivals]
     names += ["baseline, same allocator"] if method == "moco" and options.same_allocator else []
     with variants(names, method, options, sizes[0], folder) as some:
@@ -386,7 +395,8 @@ def measure(method, options, folder, matrix_flops):
         turns["parts" if gpu else "ours"] = some["ours"], "parts"
         answers = take_turns(turns, options)
         result["peak_bytes"] = {name: some[name]("peak", 0)["bytes"] for name in names}
-        result["flops_per_image"] = some["ours"]("flops", 1)["flops"] / sizes[0]
+        plain = some.get("eager", some["ours"])  # what is compiled, is not counted
+        result["flops_per_image"] = plain("flops", 1)["flops"] / sizes[0]
         result["knn"] = [some["ours"]("knn", 0) for _ in range(options.repeats)]
     compare(result, "step", answers, sizes[0])
     result["flops_per_second"] = result["step"]["ours"]["median"] * result["flops_per_image"]
@@ -443,7 +453,8 @@ def bench(options):
     options.device = str(device)
     if options.workers is None:
         options.workers = 0 if device.type == "cpu" else os.cpu_count()
-    settings = {k: v for k, v in vars(options).items() if k not in ("json", "device")}
+    options.deadline = time.monotonic() + 60 * options.minutes - 15  # so much follows the rounds
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "device", "deadline")}
     tflops = {t: matrix_rate(device, t) for t in {torch.bfloat16, torch.float32, dtype}}
     result = {"schema": 1, "kind": "bench", "machine": machine, "settings": settings}
     result["matrix_tflops"] = {str(t).removeprefix("torch."): v for t, v in tflops.items()}
@@ -499,7 +510,8 @@ def table(result):
             text = f"({other / 2**20:,.0f} MiB)" if of == "peak bytes" else ""
             if not text:
                 low, high = min(ratio["rounds"]), max(ratio["rounds"])
-                text = f"({other['median']:,.4g} images/s; {low:.2f} to {high:.2f})"
+                text = f"({other['median']:,.4g} images/s; {low:.2f} to {high:.2f}"
+                text += f" in {len(ratio['rounds'])} rounds)"
             row(f"ratio, {of}, {size}: {ratio['to']}", ratio["median"], text)
     n, dim = result["probe"]["features"]
     lines += ["", f"linear probe on {n:,} x {dim} features"]
@@ -535,15 +547,16 @@ def parse(argv):
     add("--batch-size", type=int, default=256, help="[256]")
     add("--end-to-end-batch-size", type=int, default=512, help="0 leaves that part out [512]")
     add("--repeats", type=int, default=5, help="rounds [5]")
+    add("--minutes", type=float, default=5, help="no round that ends later, after three [5]")
     add("--seconds", type=float, default=1.0, help="of a repeat, about [1]")
     add("--images", type=int, default=50_000, help="random images to train on [50000]")
     add("--workers", type=int, help="of the baseline's loader [0; on a GPU one a core]")
-    add(
-        "--same-allocator", action="store_true", help="another baseline, which keeps its memory too"
-    )
+    add("--compile", action="store_true", help="compile ours, and compare with ours as it is")
+    help = "another baseline, which keeps its memory too"
+    add("--same-allocator", action="store_true", help=help)
     add("--json", type=Path, help="where the numbers go [results/bench-<machine>.json]")
     options = parser.parse_args(argv)
-    for name in "width batch_size repeats seconds images".split():
+    for name in "width batch_size repeats minutes seconds images".split():
         if not getattr(options, name) > 0:
             raise Trouble(f"--{name.replace('_', '-')}: must be more than 0")
     options.method = there if "all" in options.method else options.method
