@@ -270,33 +270,6 @@ def draw_classes(run, most=25):
     return figure
 
 
-# %% Several runs
-def draw_comparison(runs):
-    """Several runs: loss and k-NN accuracy, at equal epochs and in equal time, and the probe's"""
-    foot = " ".join(f"{about(run)}." for run in runs) if len(runs) < 5 else ""
-    foot += " Losses of other methods or temperatures do not compare, nor minutes elsewhere."
-    figure = new_figure("Comparison of runs", foot, 11, 5 + 0.45 * len(runs))
-    bars = [["bars"] * 3] if any(run.probe for run in runs) else []
-    heights = [3, 0.4 * len(runs)][: 1 + len(bars)]
-    panels = figure.subplot_mosaic([["loss", "knn", "time"], *bars], height_ratios=heights)
-    for i, run in enumerate(runs):
-        draw_curve(panels["loss"], run.history, "loss", run.name, i)
-        draw_curve(panels["knn"], run.history, "knn_top1", run.name, i, 100)
-        draw_curve(panels["time"], run.history, "knn_top1", run.name, i, 100, against="minutes")
-        if run.probe:
-            value = 100 * run.probe["result"]["top1"]
-            bar = panels["bars"].barh(i, value, color=COLORS[i % 7], alpha=0.75)
-            panels["bars"].bar_label(bar, fmt="%.2f", padding=3, size=8)
-    if bars:
-        panels["bars"].set_yticks(range(len(runs)), [wrap(run.name, 30) for run in runs])
-        panels["bars"].set(xlabel="linear probe, top-1 (%)", xlim=(0, 110))
-        panels["bars"].invert_yaxis()
-    panels["loss"].set_ylabel("loss (nats)")
-    panels["knn"].set_ylabel("k-NN top-1 (%)")
-    figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside right upper")
-    return figure
-
-
 # ---- reports and ablations: as the four documents have them; the lesson ends here ----
 # %% The other methods as diagrams
 def draw_simclr(run, images=None):
@@ -480,6 +453,72 @@ def report(run, figures):
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+# %% Several runs
+def draw_comparison(runs):
+    """Several runs: loss and k-NN accuracy, at equal epochs and in equal time, and the probe's; of
+    runs that differ only in their seed the mean, and a band of a standard deviation each way
+    """
+    groups = same_but_seed(runs)
+    foot = " ".join(f"{about(*some)}." for some in groups.values()) if len(groups) < 5 else ""
+    foot += " Losses of other methods or temperatures do not compare, nor minutes elsewhere."
+    figure = new_figure("Comparison of runs", foot, 11, 5 + 0.6 * len(groups))
+    bars = [["bars"] * 3] if any(run.probe for run in runs) else []
+    heights = [3, 0.4 * len(groups)][: 1 + len(bars)]
+    panels = figure.subplot_mosaic([["loss", "knn", "time"], *bars], height_ratios=heights)
+    for i, (name, some) in enumerate(groups.items()):
+        draw_mean(panels["loss"], some, "loss", name, i)
+        draw_mean(panels["knn"], some, "knn_top1", name, i, 100)
+        draw_mean(panels["time"], some, "knn_top1", name, i, 100, against="minutes")
+        if values := [100 * run.probe["result"]["top1"] for run in some if run.probe]:
+            spread = dict(xerr=statistics.stdev(values)) if values[1:] else {}
+            look = dict(color=COLORS[i % 7], alpha=0.75, ecolor=GRAY, capsize=3)
+            bar = panels["bars"].barh(i, statistics.mean(values), **spread, **look)
+            panels["bars"].bar_label(bar, fmt="%.2f", padding=3, size=8)
+    if bars:
+        panels["bars"].set_yticks(range(len(groups)), [wrap(name, 30) for name in groups])
+        panels["bars"].set(xlabel="linear probe, top-1 (%)", xlim=(0, 110))
+        panels["bars"].invert_yaxis()
+    panels["loss"].set_ylabel("loss (nats)")
+    panels["knn"].set_ylabel("k-NN top-1 (%)")
+    lines, names = panels["loss"].get_legend_handles_labels()
+    figure.legend(lines, [wrap(name, 24) for name in names], loc="outside right upper")
+    return figure
+
+
+def same_but_seed(runs):
+    """-> {name: the runs that differ in nothing but their seed}"""
+    groups, seen = defaultdict(list), Counter()
+    for run in runs:
+        settings = {key: run.config[key] for key in run.config if key not in LOCAL}
+        key = run.method, run.epoch, str(sorted(settings.items()))
+        again = key, run.config.get("seed", 0)  # the second run of a seed does not count as another
+        groups[*key, seen[again]].append(run)
+        seen[again] += 1
+    named = {}
+    for some in groups.values():
+        shared = os.path.commonprefix([run.name for run in some]).removesuffix("seed").rstrip("-_")
+        name = f"{shared or some[0].name}, {len(some)} seeds" if some[1:] else some[0].name
+        named[name if name not in named else some[0].name] = some
+    return named
+
+
+def draw_mean(axes, runs, key, label, i, scale=1, against="epoch"):
+    """draw_curve for runs that differ in their seed, of the epochs that all of them have"""
+    rows, band = [], []
+    for some in zip(*(run.history for run in runs)):
+        values = {k: [row[k] for row in some] for k in some[0] if all(k in row for row in some)}
+        rows.append({k: statistics.mean(values[k]) for k in values})
+        if key in values and against.replace("minutes", "seconds") in values:
+            x = rows[-1]["seconds"] / 60 if against == "minutes" else rows[-1]["epoch"]
+            deviation = statistics.stdev(values[key]) if runs[1:] else 0
+            band.append(
+                (x, scale * (rows[-1][key] - deviation), scale * (rows[-1][key] + deviation))
+            )
+    draw_curve(axes, rows, key, label, i, scale, against)
+    if band and runs[1:]:
+        axes.fill_between(*zip(*band), color=COLORS[i % 7], alpha=0.15, linewidth=0)
+
+
 # %% Ablations, in the forms of Fast-MoCo's supplementary
 def group_runs(name, runs):
     """-> {setting: the runs that have it, which differ in the seed}, in the document's order"""
@@ -581,7 +620,7 @@ import sys
 import textwrap
 import typing
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -615,13 +654,14 @@ def title_of(run):
     return TITLES.get(run.method, run.method)
 
 
-def about(run):
-    """The run in one sentence"""
+def about(run, *others):
+    """The run in one sentence; the others differ in their seed"""
     base, data = run.base, run.data
     text = f"{title_of(run)}, {base['arch']} of width {base['width']}, {data['name']}"
     text += f" ({data['n_train']:,} training images), "
     text += f"epoch {run.epoch} of {run.epochs}, " if run.epochs else ""
-    return text + f"seed {run.config.get('seed', 0)}"
+    seeds = ", ".join(str(some.config.get("seed", 0)) for some in (run, *others))
+    return text + f"{'seeds' if others else 'seed'} {seeds}"
 
 
 def chance_of(run):
@@ -720,8 +760,7 @@ def about_ablation(name, groups):
     """What the runs of an ablation have in common, and what else they differ in"""
     runs = [run for some in groups.values() for run in some]
     fields, first = ABLATIONS[name][0], runs[0]
-    local = "seed out data_dir device knn_every keep_every save_seconds restart".split()
-    keys = sorted({key for run in runs for key in run.config} - {*fields, *local})
+    keys = sorted({key for run in runs for key in run.config} - {*fields, *LOCAL})
     differ = {key: sorted({plain(simple(run.config.get(key))) for run in runs}) for key in keys}
     differ = [f"{key} ({'; '.join(v)})" for key, v in differ.items() if len(v) > 1]
     text = f"{title_of(first)}, {first.data['name']}; runs: {len(runs)}, seeds: "
@@ -1599,6 +1638,7 @@ CAPTIONS = {
 FRAMEWORKS = {"nnclr": "NNCLR", "byol": "BYOL", "simsiam": "SimSiam", "moco": "MoCo v3"}
 STITCHED = "input", "stage1", "stage2", "stage3"  # there pairs lie side by side, no means
 PATCHES, IMAGENET = "divide-combine", "the document (ImageNet, ResNet-50)"
+LOCAL = "seed out data_dir device knn_every keep_every save_seconds compile restart".split()
 MEASURED = ["k-NN top-1 (%)", "probe top-1 (%)", "minutes"]
 CURVES = "stage", "batch", "epochs"
 ORDER = [*FRAMEWORKS, "sgd", "adamw", "whole", "sample", "sample-combine", "montage", "divide"]

@@ -265,6 +265,22 @@ def test_comparison_in_equal_time(craft):
     assert [line.get_xdata().tolist() for line in time.lines] == [[3.0], [6.0]]
 
 
+def test_comparison_takes_the_mean_over_seeds(craft):
+    """Of runs that differ in nothing else; one of another rate stays by itself."""
+    how = (("a-seed0", 0.4, 60.0, {}), ("b", 0.5, 60.0, dict(lr=9.0)), ("a-seed1", 0.6, 120.0, {}))
+    folders = [craft(simclr, *some, seed=i, **more) for i, (*some, more) in enumerate(how)]
+    evaluated(folders[0], top1=0.3)
+    evaluated(folders[2], top1=0.5)
+    loss, knn, time, bars = (figure := plots.draw_comparison([*map(plots.read_run, folders)])).axes
+    assert {k: v.tolist() for k, v in curves(knn).items()} == {"a, 2 seeds": [50], "b": [50]}
+    (band,) = knn.collections  # 50 and the standard deviation of 40 and 60 (n - 1)
+    edges = sorted({y for _, y in band.get_paths()[0].vertices})
+    np.testing.assert_allclose(edges, [50 - 200**0.5, 50 + 200**0.5])
+    assert time.lines[0].get_xdata().tolist() == [4.5] and len(loss.collections) == 1
+    assert [patch.get_width() for patch in bars.patches] == [pytest.approx(40)]
+    assert "seeds 0, 2." in texts(figure).replace("\n", " ")
+
+
 # ---------------------------------------------------------------- along the pretraining, Table 1
 @pytest.fixture
 def table_1(craft):
