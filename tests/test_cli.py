@@ -36,15 +36,6 @@ BANNER = "# ---- plumbing: the same in every script, nothing about the method be
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """The networks here are so small that a second thread only costs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
 def little_memory():
     """At most 2 GB more than now, or else a wrong number could take the whole machine."""
     before, now = resource.getrlimit(resource.RLIMIT_AS), Path("/proc/self/statm").read_text()

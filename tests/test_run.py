@@ -51,14 +51,6 @@ def flags(common):
     return [*common, *OWN[moco_cifar].split()]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def whole(flags, tmp_path):
     """The digest of an uninterrupted run"""
