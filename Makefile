@@ -174,7 +174,7 @@ figures/ablate-$1-$(SCALE)/ablation-$1.md: $(patsubst %,%/linear.pt,$(call runs_
 $(foreach v,$(values_$1),$(foreach s,$(SEEDS),
 runs/ablate-$1-$v-$(SCALE)-seed$s/pretrain.pt: FLAGS := $(call flag_$1,$v) --seed $s))
 $(patsubst %,%/pretrain.pt,$(call runs_of,$1)): | $$(READY)
-	$$(PYTHON) fast_moco.py --data '$$(DATA)' --epochs $(or $(EPOCHS),20) $$(FLAGS) --out $$(@D) $$(ARGS)
+	$$(PYTHON) fast_moco.py --data '$$(DATA)' --epochs $(or $(EPOCHS),20) $$(ARGS) $$(FLAGS) --out $$(@D)
 
 endef
 $(foreach a,$(ABLATIONS),$(eval $(call ablation,$a)))

@@ -312,13 +312,15 @@ ABLATIONS = {"stage": 7, "encode": 6, "frameworks": 8, "parts": 4, "batch": 3}
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_is_a_run_for_each_value_and_seed(make, calls, name):
     """All differ in one flag; one figure and one table come at the end; nothing runs twice."""
-    settings = [f"ablate-{name}", "SEEDS=0 1", "EPOCHS=2", "ARGS=--width 4"]
+    settings = [f"ablate-{name}", "SEEDS=0 1", "EPOCHS=2", "ARGS=--width 4 --batch-size 8"]
     lines = calls(*settings)
     runs = [line for line in lines if line.startswith("fast_moco.py")]
     folders = {re.search(r"--out (\S+)", line)[1] for line in runs}
     assert len(runs) == len(folders) == 2 * ABLATIONS[name]
     flags = {re.sub(r" --(out|seed) \S+", "", line) for line in runs}
     assert len(flags) == ABLATIONS[name]
+    own = re.compile(r"--batch-size 8 .*--(combine-at|encode|framework|parts-combined|batch-size) ")
+    assert all(own.search(line) for line in runs)  # ARGS cannot undo what is compared
     last = shlex.split(lines[-1])
     assert {*last[1:-4]} == folders and last[-4:-2] == ["--ablation", name]
     assert calls(*settings) == []
