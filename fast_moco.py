@@ -799,20 +799,38 @@ def keep_memory():
         libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
 
 
+class Windows(torch.autograd.Function):
+    """What a kernel of k x k sees at each of its places: (N, H, W, C) -> (N, h, w, k k C)"""
+
+    @staticmethod
+    def parts(x, k, step):
+        h, w = (size - k + 1 for size in x.shape[1:3])
+        return [x[:, i : i + h : step, j : j + w : step] for i in range(k) for j in range(k)]
+
+    @staticmethod
+    def forward(ctx, x, k, step):
+        ctx.shape, ctx.how, p = x.shape, (k, step), k // 2
+        return torch.cat(Windows.parts(F.pad(x, (0, 0, p, p, p, p)), k, step), dim=3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (n, h, w, c), (k, step), p = ctx.shape, ctx.how, ctx.how[0] // 2
+        x = grad.new_zeros(n, h + 2 * p, w + 2 * p, c)
+        for part, part_grad in zip(Windows.parts(x, k, step), grad.chunk(k**2, dim=3)):
+            part += part_grad
+        return x[:, p : p + h, p : p + w], None, None
+
+
 class MatrixConv(nn.Conv2d):
-    """A wide 3x3 convolution to a map of at most 4x4 pixels as one product of matrices, which a CPU
-    differentiates several times faster: a step of MoCo by 15 %, of Fast-MoCo by 80 %.
+    """A wide convolution to a map of at most 4x4 pixels as one product of matrices, which a CPU
+    differentiates several times faster: a step of MoCo by 27 %, of Fast-MoCo by 72 %.
     """
 
     def forward(self, x):
-        step, (h, w) = self.stride[0], ((size - 1) // self.stride[0] + 1 for size in x.shape[2:])
-        if self.kernel_size != (3, 3) or self.in_channels < 256 or max(h, w) > 4:
+        k, step = self.kernel_size[0], self.stride[0]
+        if self.in_channels < 256 or max(x.shape[2:]) > 4 * step:
             return super().forward(x)
-        x = F.pad(x, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (N, H + 2, W + 2, C)
-        rows, columns = (
-            [slice(i, i + n * step - step + 1, step) for i in range(3)] for n in (h, w)
-        )
-        x = torch.cat([x[:, i, j] for i in rows for j in columns], dim=3)  # (N, h, w, 9 C)
+        x = Windows.apply(x.permute(0, 2, 3, 1), k, step)  # (N, h, w, k k C)
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
 
 

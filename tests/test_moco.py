@@ -607,33 +607,30 @@ def test_a_flag_overrides_the_recipe():
     assert (config.temperature, config.symmetric, config.head) == (0.3, True, "mlp")
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("stride, size", [(1, 4), (1, 2), (2, 8), (2, 7), (1, 3), (2, 1)])
-def test_a_convolution_as_a_product_of_matrices_is_the_convolution(stride, size):
+def test_a_convolution_as_a_product_of_matrices_is_the_convolution(stride, size, kernel, spy):
     """What a Run puts in the place of wide convolutions of small maps: value and gradients"""
-    plain = nn.Conv2d(256, 3, 3, stride, 1, bias=False).double()
+    plain = nn.Conv2d(256, 3, kernel, stride, kernel // 2, bias=False).double()
     x = torch.randn(2, 256, size, size, dtype=torch.float64, requires_grad=True)
     y = plain(x)
     weights = torch.randn_like(y)
     expected = torch.autograd.grad((y * weights).sum(), (x, plain.weight))
     placed = moco.place(nn.Sequential(plain), torch.device("cpu"))
     assert type(placed[0]) is moco.MatrixConv and placed[0].weight is plain.weight
+    products = spy(F, "linear")
     z = placed(x)
+    assert len(products) == 1
     close(z, y, 1e-12)
     for ours, theirs in zip(torch.autograd.grad((z * weights).sum(), (x, plain.weight)), expected):
         close(ours, theirs, 1e-12)
 
 
-def test_only_wide_convolutions_of_small_maps_are_products_of_matrices(spy):
-    calls = spy(F, "linear")
-    for channels, kernel, size, taken in (
-        (256, 3, 4, 1),
-        (64, 3, 4, 0),
-        (256, 1, 4, 0),
-        (256, 3, 5, 0),
-    ):
-        convolution = nn.Conv2d(channels, 2, kernel, padding=kernel // 2, bias=False)
-        calls.clear()
-        moco.place(nn.Sequential(convolution), torch.device("cpu"))(
-            torch.zeros(1, channels, size, size)
-        )
-        assert len(calls) == taken
+@pytest.mark.parametrize("channels, kernel, size", [(64, 3, 4), (256, 3, 5), (256, 1, 5)])
+def test_narrow_convolutions_and_larger_maps_stay_convolutions(channels, kernel, size, spy):
+    products = spy(F, "linear")
+    convolution = nn.Conv2d(channels, 2, kernel, padding=kernel // 2, bias=False)
+    moco.place(nn.Sequential(convolution), torch.device("cpu"))(
+        torch.zeros(1, channels, size, size)
+    )
+    assert not products
