@@ -1298,7 +1298,7 @@ def check_config(config):
             elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:
-            raise Halt(f"{flag_of(name)} {value}: must be {wrong}")
+            raise Halt(f"{flag_of(name)} {','.join(map(str, values))}: must be {wrong}")
     return config
 
 
