@@ -560,7 +560,7 @@ def draw_ablation(name, groups):
         found = [(i, s, spread(groups[s], key)) for i, s in enumerate(groups)]
         found = [(i, s, *value) for i, s, value in found if value]
         at, mean = [row[0] for row in found], [row[2] for row in found]
-        deviation = [row[3] or 0 for row in found]
+        deviation = [row[3] or 0 for row in found] if any(row[3] for row in found) else None
         if name in CURVES:
             axes.errorbar(at, mean, deviation, color=COLORS[0], marker="o", capsize=3)
             said = [(i, printed(name, s, runs[0])) for i, (s, runs) in enumerate(groups.items())]
