@@ -152,6 +152,14 @@ def start(server, tmp_path):
         yield launch
 
 
+def announced(first):
+    """Wait until the first process has said what it will do: by then all have met."""
+    end = time.monotonic() + PATIENCE
+    while first.is_alive() and not (first.log.exists() and "on cpu" in first.log.read_text()):
+        assert time.monotonic() < end, f"does not start: {first.log.read_text()}"
+        time.sleep(0.01)
+
+
 def codes(processes):
     """The exit codes; who does not end has failed"""
     end = time.monotonic() + PATIENCE
@@ -260,7 +268,8 @@ def test_killed_ranks_end_bit_identical(start, flags, whole, tmp_path, goes_on):
     draw, seconds = random.Random(0), whole[1]
     for _ in range(5 if LONG else 2):
         processes = start([*flags, "--out", tmp_path])
-        time.sleep(draw.uniform(0.2, 0.9) * seconds)
+        announced(processes[0])  # before that, it is torch that waits for the other one
+        time.sleep(draw.uniform(0, 0.5) * seconds)
         draw.choice(processes).kill()
         codes(processes)
     goes_on(tmp_path)
