@@ -259,7 +259,7 @@ def draw_classes(run, most=25):
     figure = new_figure(f"Accuracy of each class: {run.name}", about_probe(run), *size)
     for axes, some in zip(figure.subplots(1, parts, squeeze=False)[0], order):
         places = range(len(some))
-        bars = axes.barh(places, 100 * accuracy[some], color=COLORS[0], alpha=0.75)
+        bars = axes.barh(places, (100 * accuracy[some]).numpy(), color=COLORS[0], alpha=0.75)
         axes.bar_label(bars, fmt="%.1f", padding=7, size=7)
         if untrained is not None:
             how = dict(color=COLORS[1], label="untrained encoder")
