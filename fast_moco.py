@@ -15,7 +15,7 @@ What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary)
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
  3. The loss is the sum of both directions: chance is 2 ln N, 12.48 at batch 512.
  4. --encode whole is MoCo v3 with the same everything. Patches take 1.076 times its FLOPs a step;
-    on 2 CPU cores 1.12 to 1.23 times its time, as small maps are slower (docs/ablations.md).
+    on 2 CPU cores 1.12 to 1.34 times its time, as small maps are slower (docs/ablations.md).
 
     python fast_moco.py                                # CIFAR-10, ResNet-18, 200 epochs
     python fast_moco.py --framework byol               # or simsiam, nnclr; with or without patches
