@@ -466,13 +466,13 @@ def draw_comparison(runs):
     heights = [3, 0.4 * len(groups)][: 1 + len(bars)]
     panels = figure.subplot_mosaic([["loss", "knn", "time"], *bars], height_ratios=heights)
     for i, (name, some) in enumerate(groups.items()):
-        draw_mean(panels["loss"], some, "loss", name, i)
-        draw_mean(panels["knn"], some, "knn_top1", name, i, 100)
-        draw_mean(panels["time"], some, "knn_top1", name, i, 100, against="minutes")
-        if values := [100 * run.probe["result"]["top1"] for run in some if run.probe]:
-            spread = dict(xerr=statistics.stdev(values)) if values[1:] else {}
+        rows, probe = mean_history(some), spread(some, MEASURED[1])
+        draw_curve(panels["loss"], rows, "loss", name, i)
+        draw_curve(panels["knn"], rows, "knn_top1", name, i, 100)
+        draw_curve(panels["time"], rows, "knn_top1", name, i, 100, against="minutes")
+        if probe:
             look = dict(color=COLORS[i % 7], alpha=0.75, ecolor=GRAY, capsize=3)
-            bar = panels["bars"].barh(i, statistics.mean(values), **spread, **look)
+            bar = panels["bars"].barh(i, probe[0], xerr=probe[1], **look)
             panels["bars"].bar_label(bar, fmt="%.2f", padding=3, size=8)
     if bars:
         panels["bars"].set_yticks(range(len(groups)), [wrap(name, 30) for name in groups])
@@ -502,21 +502,16 @@ def same_but_seed(runs):
     return named
 
 
-def draw_mean(axes, runs, key, label, i, scale=1, against="epoch"):
-    """draw_curve for runs that differ in their seed, of the epochs that all of them have"""
-    rows, band = [], []
+def mean_history(runs):
+    """Rows of an epoch each, with the mean of every value that all runs have there, and under
+    "± name" its standard deviation
+    """
+    rows = []
     for some in zip(*(run.history for run in runs)):
         values = {k: [row[k] for row in some] for k in some[0] if all(k in row for row in some)}
         rows.append({k: statistics.mean(values[k]) for k in values})
-        if key in values and against.replace("minutes", "seconds") in values:
-            x = rows[-1]["seconds"] / 60 if against == "minutes" else rows[-1]["epoch"]
-            deviation = statistics.stdev(values[key]) if runs[1:] else 0
-            band.append(
-                (x, scale * (rows[-1][key] - deviation), scale * (rows[-1][key] + deviation))
-            )
-    draw_curve(axes, rows, key, label, i, scale, against)
-    if band and runs[1:]:
-        axes.fill_between(*zip(*band), color=COLORS[i % 7], alpha=0.15, linewidth=0)
+        rows[-1] |= {f"± {k}": statistics.stdev(values[k]) for k in values if runs[1:]}
+    return rows
 
 
 # %% Ablations, in the forms of Fast-MoCo's supplementary
@@ -849,13 +844,20 @@ def wrap(text, width):
 
 
 def draw_curve(axes, rows, key, label, i=0, scale=1, against="epoch"):
-    """The values of a key against the epoch (or minutes), in the i-th colour, dash and marker"""
+    """The values of a key against the epoch (or minutes), in the i-th colour, dash and marker, with
+    a band of "± key" each way where rows have it
+    """
     rows = [row | {"minutes": row["seconds"] / 60} if "seconds" in row else row for row in rows]
-    points = [(row[against], scale * row[key]) for row in rows if key in row and against in row]
+    rows = [row for row in rows if key in row and against in row]
+    points = [(row[against], scale * row[key]) for row in rows]
     every = math.ceil(len(points) / 20) or 1  # 200 markers would hide the line
     how = dict(color=COLORS[i % 7], linestyle=DASHES[i % 5], marker=MARKERS[i % 10])
     if points:
         axes.plot(*zip(*points), label=label, markevery=((len(points) - 1) % every, every), **how)
+        spreads = [scale * row.get(f"± {key}", 0) for row in rows]
+        if any(f"± {key}" in row for row in rows):
+            edges = [(x, y - spread, y + spread) for (x, y), spread in zip(points, spreads)]
+            axes.fill_between(*zip(*edges), color=COLORS[i % 7], alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=against == "epoch", min_n_ticks=1))
     axes.set_xlabel(against)
     axes.grid(alpha=0.25)
