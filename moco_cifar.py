@@ -320,7 +320,9 @@ from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
 KEYS = set("method epoch epochs config data arch width dim encoder".split())
-HARMLESS = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
+HARMLESS = (
+    "out data data_dir device knn_every knn_k keep_every save_seconds compile restart".split()
+)
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
@@ -917,7 +919,7 @@ class Run:
         old = dataclasses.asdict(Config()) | saved["config"]  # a setting that is newer than the run
         old |= {"images": saved["data"]["sha256"][:8]}
         new = self.about["config"] | {"images": self.data.about["sha256"][:8]}
-        changed = [k for k in new if old.get(k) != new[k] and k not in HARMLESS.split()]
+        changed = [k for k in new if old.get(k) != new[k] and k not in HARMLESS]
         if changed:
             changed = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in changed)
             changed = f"{self.out} holds a run with other settings ({changed})"
