@@ -192,10 +192,8 @@ def test_variants_take_turns_after_a_warm_up():
 def test_the_first_round_counts_where_the_others_are_like_it():
     for options, warm_up in (({}, 0), ({"compile": True}, 1), ({"device": "cuda"}, 5)):
         assert take_turns(log := [], 9, seconds=0.1, repeats=4, **options) == [4, 4]
-        assert [name for name, *_ in log] == warm_up * ["ours"] + warm_up * ["b"] + 4 * [
-            "ours",
-            "b",
-        ]
+        order = warm_up * ["ours"] + warm_up * ["b"] + 4 * ["ours", "b"]
+        assert [name for name, *_ in log] == order
 
 
 def test_rounds_end_in_time_but_three_there_are(monkeypatch):
