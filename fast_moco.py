@@ -801,46 +801,31 @@ def keep_memory():
         libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
 
 
-class Windows(torch.autograd.Function):
-    """What a kernel of k x k sees at each of its places: (N, H, W, C) -> (N, h, w, k k C)"""
-
-    @staticmethod
-    def parts(x, k, step):
-        h, w = (size - k + 1 for size in x.shape[1:3])
-        return [x[:, i : i + h : step, j : j + w : step] for i in range(k) for j in range(k)]
-
-    @staticmethod
-    def forward(ctx, x, k, step):
-        ctx.shape, ctx.how, p = x.shape, (k, step), k // 2
-        return torch.cat(Windows.parts(F.pad(x, (0, 0, p, p, p, p)), k, step), dim=3)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (n, h, w, c), (k, step), p = ctx.shape, ctx.how, ctx.how[0] // 2
-        x = grad.new_zeros(n, h + 2 * p, w + 2 * p, c)
-        for part, part_grad in zip(Windows.parts(x, k, step), grad.chunk(k**2, dim=3)):
-            part += part_grad
-        return x[:, p : p + h, p : p + w], None, None
-
-
-class MatrixConv(nn.Conv2d):
-    """A wide convolution to a map of at most 4x4 pixels as one product of matrices, which a CPU
-    differentiates several times faster: a step of MoCo by 27 %, of Fast-MoCo by 72 %.
+class SideBySide(nn.Conv2d):
+    """A convolution that lays small maps in rows of up to 32, with zeros between them: oneDNN works
+    on 16 pixels of a row at once. On a CPU MoCo takes 1.4 times as long without, Fast-MoCo twice.
     """
 
     def forward(self, x):
-        k, step = self.kernel_size[0], self.stride[0]
-        if self.in_channels < 256 or max(x.shape[2:]) > 4 * step:
+        step, small = self.stride[0], 8 if x.dtype.itemsize == 2 else 4  # float32 gains less
+        if max(x.shape[2:]) > small * step:
             return super().forward(x)
-        x = Windows.apply(x.permute(0, 2, 3, 1), k, step)  # (N, h, w, k k C)
-        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1)).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)  # (N, H, W, C)
+        if self.kernel_size == (1, 1):
+            x = x[:, ::step, ::step].contiguous()
+            return F.linear(x, self.weight.flatten(1)).permute(0, 3, 1, 2)
+        many, zeros = math.gcd(len(x), 32), step + -x.shape[2] % step
+        x = x.unflatten(0, (-1, many)).transpose(1, 2)  # (N/many, H, many, W, C)
+        x = F.pad(x, (0, 0, 0, zeros)).flatten(2, 3).permute(0, 3, 1, 2)  # (N/many, C, H, many W')
+        x = super().forward(x).permute(0, 2, 3, 1).unflatten(2, (many, -1))[:, :, :, :-1]
+        return x.transpose(1, 2).contiguous().flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def place(model, device):
     """Move it there; channels_last is 15 % faster with bf16, itself 1.9 times (docs/race.md)."""
     for module in model.modules() if device.type == "cpu" else ():
         if type(module) is nn.Conv2d:
-            module.__class__ = MatrixConv  # the same weights
+            module.__class__ = SideBySide  # the same weights
     return model.to(device, memory_format=torch.channels_last)
 
 

@@ -128,8 +128,9 @@ def test_pairs_are_two_views_as_augment_makes_them():
 
 
 def test_flops_of_a_resnet18():
-    with bench.count_flops() as notes:
-        moco_cifar.build_encoder("resnet18")(torch.zeros(2, 3, 32, 32))
+    encoder = moco_cifar.build_encoder("resnet18")
+    with bench.count_flops(moco_cifar) as notes:  # as if each map were convolved by itself
+        moco_cifar.place(encoder, torch.device("cpu"))(torch.zeros(2, 3, 32, 32))
     assert notes["flops"] / 2 == pytest.approx(2 * 0.557e9, rel=0.01)
 
 
@@ -258,7 +259,7 @@ def test_the_numbers_follow_from_one_another(whole):
         assert sum(share["rounds"][i] for share in shares.values()) == pytest.approx(1)
         assert all(share["rounds"][i] > 0 for share in shares.values())
 
-    with bench.count_flops() as notes:
+    with bench.count_flops(moco_cifar) as notes:
         moco_cifar.build_encoder("resnet8", 8)(torch.zeros(1, 3, 32, 32))
     # MoCo: the query forward, its backward twice that (less, at the image), the key forward
     assert 3.5 < flops / notes["flops"] < 4.5

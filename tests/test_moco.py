@@ -608,29 +608,36 @@ def test_a_flag_overrides_the_recipe():
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("stride, size", [(1, 4), (1, 2), (2, 8), (2, 7), (1, 3), (2, 1)])
-def test_a_convolution_as_a_product_of_matrices_is_the_convolution(stride, size, kernel, spy):
-    """What a Run puts in the place of wide convolutions of small maps: value and gradients"""
-    plain = nn.Conv2d(256, 3, kernel, stride, kernel // 2, bias=False).double()
-    x = torch.randn(2, 256, size, size, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("stride, size", [(1, 4), (1, 2), (2, 8), (2, 7), (2, 5), (1, 3), (2, 1)])
+@pytest.mark.parametrize("n", [2, 5, 48])
+def test_maps_side_by_side_are_convolved_one_by_one(n, stride, size, kernel, spy):
+    """What a Run puts in the place of convolutions on a CPU: value and gradients"""
+    plain = nn.Conv2d(6, 3, kernel, stride, kernel // 2, bias=False).double()
+    x = torch.randn(n, 6, size, size, dtype=torch.float64, requires_grad=True)
     y = plain(x)
     weights = torch.randn_like(y)
     expected = torch.autograd.grad((y * weights).sum(), (x, plain.weight))
     placed = moco.place(nn.Sequential(plain), torch.device("cpu"))
-    assert type(placed[0]) is moco.MatrixConv and placed[0].weight is plain.weight
-    products = spy(F, "linear")
+    assert type(placed[0]) is moco.SideBySide and placed[0].weight is plain.weight
+    convolved, multiplied = spy(F, "conv2d"), spy(F, "linear")
     z = placed(x)
-    assert len(products) == 1
+    if kernel == 3:
+        ((row, *_), _), together = convolved[0], math.gcd(n, 32)
+        assert len(row) == n // together and row.shape[3] > together * size
+    else:
+        assert len(multiplied) == 1 and not convolved
+    assert z.is_contiguous(memory_format=torch.channels_last)
     close(z, y, 1e-12)
     for ours, theirs in zip(torch.autograd.grad((z * weights).sum(), (x, plain.weight)), expected):
         close(ours, theirs, 1e-12)
 
 
-@pytest.mark.parametrize("channels, kernel, size", [(64, 3, 4), (256, 3, 5), (256, 1, 5)])
-def test_narrow_convolutions_and_larger_maps_stay_convolutions(channels, kernel, size, spy):
-    products = spy(F, "linear")
-    convolution = nn.Conv2d(channels, 2, kernel, padding=kernel // 2, bias=False)
-    moco.place(nn.Sequential(convolution), torch.device("cpu"))(
-        torch.zeros(1, channels, size, size)
-    )
-    assert not products
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 5), (torch.bfloat16, 9)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_larger_maps_are_convolved_as_they_are(kernel, dtype, size, spy):
+    convolution = nn.Conv2d(4, 2, kernel, padding=kernel // 2, bias=False)
+    placed = moco.place(nn.Sequential(convolution), torch.device("cpu")).to(dtype)
+    convolved = spy(F, "conv2d")
+    for side in (size, size - 1):
+        placed(torch.zeros(8, 4, side, side, dtype=dtype))
+    assert [len(args[0]) for args, _ in convolved] == [8, 1][: 1 + (kernel == 3)]
