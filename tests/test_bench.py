@@ -129,7 +129,7 @@ def test_pairs_are_two_views_as_augment_makes_them():
 
 def test_flops_of_a_resnet18():
     encoder = moco_cifar.build_encoder("resnet18")
-    with bench.count_flops(moco_cifar) as notes:  # as if each map were convolved by itself
+    with bench.count_flops(moco_cifar) as notes:  # no zeros between maps
         moco_cifar.place(encoder, torch.device("cpu"))(torch.zeros(2, 3, 32, 32))
     assert notes["flops"] / 2 == pytest.approx(2 * 0.557e9, rel=0.01)
 

@@ -610,7 +610,7 @@ def test_a_flag_overrides_the_recipe():
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("stride, size", [(1, 4), (1, 2), (2, 8), (2, 7), (2, 5), (1, 3), (2, 1)])
 @pytest.mark.parametrize("n", [2, 5, 48])
-def test_maps_side_by_side_are_convolved_one_by_one(n, stride, size, kernel, spy):
+def test_small_maps_are_convolved_otherwise_with_the_same_result(n, stride, size, kernel, spy):
     """What a Run puts in the place of convolutions on a CPU: value and gradients"""
     plain = nn.Conv2d(6, 3, kernel, stride, kernel // 2, bias=False).double()
     x = torch.randn(n, 6, size, size, dtype=torch.float64, requires_grad=True)
@@ -618,14 +618,15 @@ def test_maps_side_by_side_are_convolved_one_by_one(n, stride, size, kernel, spy
     weights = torch.randn_like(y)
     expected = torch.autograd.grad((y * weights).sum(), (x, plain.weight))
     placed = moco.place(nn.Sequential(plain), torch.device("cpu"))
-    assert type(placed[0]) is moco.SideBySide and placed[0].weight is plain.weight
+    assert type(placed[0]) is moco.SmallMapConv and placed[0].weight is plain.weight
     convolved, multiplied = spy(F, "conv2d"), spy(F, "linear")
     z = placed(x)
-    if kernel == 3:
-        ((row, *_), _), together = convolved[0], math.gcd(n, 32)
-        assert len(row) == n // together and row.shape[3] > together * size
-    else:
+    if kernel == 1 or (size, stride) == (2, 1):
         assert len(multiplied) == 1 and not convolved
+    else:
+        ((row, *_), _) = convolved[0]
+        together = n // len(row)
+        assert together == math.gcd(n, 128 * stride // size) and row.shape[3] > together * size
     assert z.is_contiguous(memory_format=torch.channels_last)
     close(z, y, 1e-12)
     for ours, theirs in zip(torch.autograd.grad((z * weights).sum(), (x, plain.weight)), expected):

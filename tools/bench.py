@@ -204,9 +204,9 @@ def stopwatch(device, targets):
 
 @contextlib.contextmanager
 def count_flops(script):
-    """-> {"flops": of all that is done within, without the zeros between maps side by side}"""
+    """-> {"flops": of all that is done within, as if each map were convolved by itself}"""
     notes, plain = {}, torch.nn.Conv2d.forward
-    with mock.patch.object(script.SideBySide, "forward", plain):
+    with mock.patch.object(script.SmallMapConv, "forward", plain):
         with FlopCounterMode(display=False) as counter:
             yield notes
     notes["flops"] = counter.get_total_flops()
