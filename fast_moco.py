@@ -14,8 +14,8 @@ What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary)
  1. The stem is made for 32x32, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
  3. The loss is the sum of both directions: chance is 2 ln N, 12.48 at batch 512.
- 4. --encode whole is MoCo v3 with the same everything. Patches take 1.076 times its FLOPs a step;
-    on 2 CPU cores 1.12 to 1.34 times its time, as small maps are slower (docs/ablations.md).
+ 4. --encode whole is MoCo v3 with the same everything. Patches take 1.076 times its FLOPs a step
+    and, on 2 CPU cores, 1.07 times its time (docs/ablations.md).
 
     python fast_moco.py                                # CIFAR-10, ResNet-18, 200 epochs
     python fast_moco.py --framework byol               # or simsiam, nnclr; with or without patches
@@ -803,7 +803,7 @@ def keep_memory():
 
 class SmallMapConv(nn.Conv2d):
     """A convolution that does small maps otherwise: oneDNN works on 16 pixels of a row at once, and
-    a short row wastes most. On a CPU MoCo takes 1.4 times as long without, Fast-MoCo twice as long.
+    a short row wastes most. On a CPU MoCo takes 1.3 times as long without, Fast-MoCo 2.1 times.
     """
 
     def forward(self, x):
