@@ -54,3 +54,18 @@ def test_other_settings_are_another_row(key, value):
     other = row(1, 820)
     other["config"][key] = value
     assert len(results.table([row(0, 800), other]).splitlines()) == 4
+
+
+def measured(started, rate, **changes):
+    how = dict(arch="resnet18", width=64, batch_size=256, end_to_end_batch_size=512, compile=False)
+    machine = {"name": "X", "threads": 2, "precision": "torch.bfloat16", "started": started}
+    ratios = [{"of": "step", "to": "baseline", "median": rate / 10}]
+    found = {"step": {"ours": {"median": rate}}, "share_of_matrix_rate": 0.5, "ratios": ratios}
+    settings = how | changes
+    return dict(kind="bench", machine=machine, settings=settings, methods={"moco": found})
+
+
+def test_of_equal_measurements_the_latest_counts():
+    runs = [measured("2026-02", 30), measured("2026-01", 20), measured("2026-01", 40, batch_size=8)]
+    lines = results.table_of_speed([*runs, row(0, 800)]).splitlines()
+    assert len(lines) == 4 and "40.0" in lines[2] and "30.0" in lines[3] and "3.00 ×" in lines[3]

@@ -1,11 +1,12 @@
-"""Publish finished runs: a JSON file each in results/, and from all of them the table in README.md.
+"""Publish finished runs: a JSON file each in results/, and from all of them README.md's tables.
 
     python tools/results.py runs/NAME [...] --data "CIFAR-10 (JPEG-compressed copy)"
-    python tools/results.py                     # only rebuild the table in README.md
+    python tools/results.py                     # only rebuild the tables in README.md
 
 A file holds the settings, the machine, hashes, every epoch, and accuracies as whole numbers of
-images: nothing in the table is typed by hand, and tests/test_results.py rebuilds it. Runs that
-differ only in their seed share a row, with mean and standard deviation.
+images: nothing in a table is typed by hand, and tests/test_results.py rebuilds them. Runs that
+differ only in their seed share a row, with mean and standard deviation. tools/bench.py writes the
+files that the table of speeds is made from: of equal measurements the latest.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-TABLES = {"results": "table", "labels": "table_of_labels"}  # <!-- results --> ... <!-- /results -->
+# <!-- results --> ... <!-- /results -->
+TABLES = {"results": "table", "labels": "table_of_labels", "speed": "table_of_speed"}
 LOCAL = ("out", "data", "data_dir", "checkpoints")  # settings that only name places on a machine
 
 
@@ -78,6 +80,8 @@ def grouped(results):
     """Lists of the runs that differ in nothing but their seed"""
     groups = {}
     for result in results:
+        if "history" not in result:
+            continue
         config = {key: value for key, value in result["config"].items() if key != "seed"}
         where = result["machine"]["device"], result["machine"]["precision"]
         key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
@@ -180,6 +184,34 @@ def table_of_labels(results):
     return "\n".join(lines)
 
 
+def table_of_speed(results):
+    """What tools/bench.py has found of each method, at each batch size on each machine"""
+    latest, bench = {}, [result for result in results if result.get("kind") == "bench"]
+    for result in sorted(bench, key=lambda result: result["machine"]["started"]):
+        how, machine = result["settings"], result["machine"]
+        device = f"{machine['name']}, {machine['threads']} threads, "
+        device += machine["precision"].removeprefix("torch.")
+        for method, found in result["methods"].items():
+            encoder = f"{how['arch']}, width {how['width']}" + ", --compile" * how["compile"]
+            key = method, encoder, how["batch_size"], device
+            latest[key] = found, how["end_to_end_batch_size"]
+    lines = [
+        "| method | encoder | batch | images/s | of the matrix rate | beside | step "
+        "| with the data | at batch | peak memory | on |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (method, encoder, batch_size, device), (found, other_size) in sorted(latest.items()):
+        rivals = {ratio["to"]: {} for ratio in found["ratios"]} or {"": {}}
+        for ratio in found["ratios"]:
+            rivals[ratio["to"]][ratio["of"]] = f"{ratio['median']:.2f} ×"
+        rate, share = found["step"]["ours"]["median"], found["share_of_matrix_rate"]
+        for rival, ratios in rivals.items():
+            step, data, peak = (ratios.get(k, "") for k in ("step", "end_to_end", "peak_bytes"))
+            cells = [method, encoder, batch_size, f"{rate:.1f}", f"{share:.0%}", rival, step, data]
+            lines.append(row_of([*cells, other_size if data else "", peak, device]))
+    return "\n".join(lines)
+
+
 def replace_table(text, results):
     """README text with the tables between their markers rebuilt"""
     for name, function in TABLES.items():
@@ -192,8 +224,7 @@ def replace_table(text, results):
 
 
 def published(folder=ROOT / "results"):
-    files = sorted(folder.glob("*.json"))
-    return [result for file in files if "history" in (result := json.loads(file.read_text()))]
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 if __name__ == "__main__":
