@@ -95,7 +95,7 @@ class Config:
     knn_k: int = 200  # neighbours that vote
     keep_every: int = 0  # keep a checkpoint every so many epochs; 0: only the last
     save_seconds: float = 60.0  # what an interruption can cost at most
-    compile: bool = False  # torch.compile: minutes at first, then faster (docs/race.md)
+    compile: bool = False  # torch.compile, for a GPU: a CPU gains nothing (docs/race.md)
     restart: bool = False  # start over in a folder that holds a run
 
 
