@@ -17,9 +17,9 @@ import time
 
 import pytest
 import torch
-import torchvision
 from conftest import ROOT, TINY, close, write_npz
 from kill_harness import digest
+from PIL import Image
 from test_run import LONG, full_disk
 
 import moco_cifar
@@ -322,9 +322,9 @@ def test_disk_full_for_some_time_is_waited_for(run, flags, tmp_path, goes_on, tr
 def test_two_ranks_read_a_folder_of_images(run, flags, tmp_path):
     """Both at once, for the first time: there is no cache yet."""
     for part in ("train", "test"):
-        for i, image in enumerate(torch.randint(256, (20, 3, 8, 8)).byte()):
+        for i, image in enumerate(torch.randint(256, (20, 8, 8, 3)).byte().numpy()):
             (folder := tmp_path / f"images/{part}/{i % 2}").mkdir(parents=True, exist_ok=True)
-            torchvision.io.write_png(image, str(folder / f"{i}.png"))
+            Image.fromarray(image).save(folder / f"{i}.png")
     argv = [*flags, "--data", tmp_path / "images", "--data-dir", tmp_path / "cache"]
     run([*argv, "--epochs", "1", "--out", tmp_path / "run"], slow_disk)
 
