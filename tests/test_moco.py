@@ -642,3 +642,27 @@ def test_larger_maps_are_convolved_as_they_are(kernel, dtype, size, spy):
     for side in (size, size - 1):
         placed(torch.zeros(8, 4, side, side, dtype=dtype))
     assert [len(args[0]) for args, _ in convolved] == [8, 1][: 1 + (kernel == 3)]
+
+
+UNUSUAL = {
+    "bias": dict(kernel_size=3, padding=1, bias=True),
+    "no border": dict(kernel_size=3),
+    "a wide border": dict(kernel_size=1, padding=1),
+    "a mirrored border": dict(kernel_size=3, padding=1, padding_mode="reflect"),
+    "a large kernel": dict(kernel_size=5, padding=2),
+    "a flat kernel": dict(kernel_size=(1, 3), padding=(0, 1)),
+    "two strides": dict(kernel_size=3, padding=1, stride=(1, 2)),
+    "groups": dict(kernel_size=1, groups=2),
+    "holes": dict(kernel_size=3, padding=2, dilation=2),
+}
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_a_convolution_unlike_those_of_a_resnet_stays_as_it_is(what):
+    """Somebody's own model: nothing is computed otherwise that would come out otherwise."""
+    plain = nn.Conv2d(4, 4, **dict(bias=False) | UNUSUAL[what])
+    x = torch.randn(8, 4, 4, 4)
+    y = plain(x)
+    placed = moco.place(nn.Sequential(plain), torch.device("cpu"))
+    assert type(placed[0]) is nn.Conv2d
+    close(placed(x), y, 1e-6)
