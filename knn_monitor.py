@@ -1,35 +1,40 @@
-"""The k-NN accuracy of any checkpoint: what its features are worth, with no training at all.
+"""k-NN accuracy of any checkpoint: how good its features are, without training anything.
 
-Every training image keeps its label and its feature, a vector of length 1. A test image asks the k
-that are most like it, and they vote for their classes: the nearer, the louder.
+A feature is the vector h that the encoder makes of an image. A test image is classified by the k
+training images whose features are most similar to its own: each votes for its label, and the more
+similar it is, the more its vote counts.
 
-    test image --encoder--> h --.                           similarity s = cosine, from -1 to 1
-                                +--> s --> the k nearest --> votes exp(s / T) --> largest sum wins
-    training   --encoder--> bank (M, D), computed once
+    training images --encoder--> bank (M, D), computed once
+                                   |
+    test image --encoder--> h --> cosine similarity s with each row, from -1 to 1
+                                   --> the k largest vote exp(s / T) each --> the largest sum wins
 
-There is nothing to train, no rate to choose, no luck: it costs one pass over the images and says at
-any epoch whether a run is on its way. The loss does not say that: its value depends on the queue,
-the temperature and the augmentation, and it may rise while the features get better. A linear probe
-may weigh the features anew, and usually ends higher; k-NN takes the distances as they are.
+There is no learning rate to choose and no luck: one pass over the images shows at any epoch whether
+a run is getting anywhere. The loss does not: its value depends on the number of negatives, the
+temperature and the augmentation, and it can rise while the features get better. A linear probe
+can weight the features anew and usually scores higher; k-NN takes the distances as they are.
 
-Two numbers compare only if they were measured alike, so each result carries its protocol:
- - features: here the backbone's h (512 numbers in ResNet-18). The official MoCo demo measures the
-   128 numbers behind the head: --features head. They are the ones that the loss has seen.
+Results can be compared only if they were measured alike, so each one carries its protocol:
+ - features: here h, from the backbone (512 numbers in ResNet-18). Pretraining puts a small head
+   behind it and computes the loss from the head's output. The official MoCo demo measures those
+   128 numbers; --features head does too.
  - k = 200 and T = 0.1 here and in the MoCo demo; T = 0.07 in Wu et al. 2018 (arXiv:1805.01978).
  - epoch: here the checkpoint's own, so the last. lightly's table has the best epoch *on the test
    set*, which is higher by luck alone. To choose something, choose it on --holdout images.
- - images as they are, neither cropped nor jittered, and batch norm in eval mode.
-And no number stands alone: --baseline pixels compares the images themselves, --baseline random what
-an encoder makes of them that has learned nothing.
+ - images as they are, neither cropped nor jittered, with batch norm in eval mode.
+And no number means much alone: --baseline pixels compares the images themselves, --baseline random
+the features of an encoder that has learned nothing.
 
-    python knn_monitor.py runs/moco runs/simclr/last.pt     # a table; appends to runs/*/knn.jsonl
-    python knn_monitor.py runs/moco --watch                 # beside a run, until it is complete
-    python knn_monitor.py runs/moco --baseline random       # the same encoder, untrained
+    python knn_monitor.py runs/moco runs/simclr/last.pt   # prints a table
+    python knn_monitor.py runs/moco --watch               # follows a run until it is complete
+    python knn_monitor.py runs/moco --baseline random     # the same encoder, untrained
+
+Writes beside the checkpoint: knn.jsonl, a line per result, and for the figures of plots.py
+neighbours.npz and map.npz (--baseline random: map-random.npz).
 """
 
 # %%
 import dataclasses
-import functools
 import time
 from typing import Literal
 
@@ -39,31 +44,31 @@ import torchvision
 from torch import nn
 
 
-# %% Config: a flag --like-this is made from each field, and its comment is the help
+# %% Config: each field becomes a flag --like-this, and its comment is the help text
 @dataclasses.dataclass
 class Config:
     checkpoints: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
     # -- what to measure
     k: int = 200  # neighbours that vote
-    temperature: float = 0.1  # T of the vote: the smaller, the more the nearest decide
-    features: Literal["backbone", "head"] = "backbone"  # head: what the loss sees, behind the head
-    baseline: Literal["none", "pixels", "random"] = "none"  # measure this in place of the encoder
+    temperature: float = 0.1  # T of the vote: the smaller, the more the nearest ones decide
+    features: Literal["backbone", "head"] = "backbone"  # head: what the loss sees
+    baseline: Literal["none", "pixels", "random"] = "none"  # measure this instead of the encoder
     watch: bool = False  # follow a run's folder: measure each new state until it is complete
-    watch_seconds: float = 5.0  # between two looks into that folder
+    watch_seconds: float = 5.0  # time between two looks into that folder
     # -- data ("" and 0: what the checkpoint names)
-    data: str = ""  # cifar10, cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
-    data_dir: str = ""  # where downloads and caches are kept
-    limit: int = 0  # so many training images as the bank, equally many of each class
-    holdout: int = 0  # measure on so many training images kept back, not on the test set
+    data: str = ""  # cifar10, cifar100, svhn, stl10 or an .npz file
+    data_dir: str = ""  # folder for downloads
+    limit: int = 0  # number of training images in the bank, equally many of each class
+    holdout: int = 0  # hold out this many training images and measure on them, not the test set
     # -- baselines without a checkpoint
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet8"] = "resnet18"  # of the untrained
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet8"] = "resnet18"  # untrained encoder
     width: int = 64  # channels of its first stage
     image_size: int = 32  # pixels; images of another size are resized
-    mean: tuple = (0.4914, 0.4822, 0.4465)  # of the pixels of each channel in [0, 1]: CIFAR-10's
-    std: tuple = (0.2470, 0.2435, 0.2616)  # likewise
+    mean: tuple = (0.4914, 0.4822, 0.4465)  # per-channel mean of pixels in [0, 1]: CIFAR-10's
+    std: tuple = (0.2470, 0.2435, 0.2616)  # per-channel standard deviation
     # -- run
-    out: str = ""  # folder for knn.jsonl; "": the checkpoint's own
-    seed: int = 0  # of the untrained encoder
+    out: str = ""  # folder for the results; "": the checkpoint's own
+    seed: int = 0  # random seed of the untrained encoder
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the encoder, not of the vote
 
@@ -71,7 +76,7 @@ class Config:
 RECIPES = {}  # none
 
 
-# %% The encoder, as it comes out of a checkpoint
+# %% The encoder, as a checkpoint holds it
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     """torchvision's ResNet without fc: (N, 3, H, W) -> (N, encoder.dim), with the stem for small
     images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
@@ -93,20 +98,9 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     return net
 
 
-def load_encoder(checkpoint, random=False):
-    """The encoder of a checkpoint, or an untrained one of its shape: frozen, in eval mode."""
-    encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
-    try:
-        encoder.load_state_dict(encoder.state_dict() if random else checkpoint["encoder"])
-    except (RuntimeError, TypeError, AttributeError):
-        shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
-        raise Halt(f"the weights in the checkpoint are not those of a {shape}") from None
-    return encoder.requires_grad_(False).eval()
-
-
-def load_head(checkpoint):
-    """The head behind the encoder, rebuilt from its weights: (N, dim) -> (N, C)"""
-    state, layers = checkpoint["head"], []  # {"0.weight": ...}
+def load_head(state):
+    """Rebuild the head from its weights {"0.weight": ..., ...}: (N, dim) -> (N, C)"""
+    layers = []
     for i in range(1 + max(int(name.split(".")[0]) for name in state)):
         weight, mean = state.get(f"{i}.weight"), state.get(f"{i}.running_mean")
         if mean is not None:
@@ -117,42 +111,37 @@ def load_head(checkpoint):
             layers.append(nn.ReLU())  # it has no weights
     head = nn.Sequential(*layers)
     head.load_state_dict(state)
-    return head.requires_grad_(False).eval()
+    return head
 
 
 def build_model(path, checkpoint, config):
-    """What makes features of images, as the config asks for it; None for the pixels themselves."""
+    """What turns images into features (N, D): the encoder, the head behind it too, or no network"""
     if config.baseline == "pixels":
-        return None
+        return nn.Flatten()
     if config.features == "head" and not checkpoint.get("head"):
-        raise Halt(f"{path}: holds no head, --features head takes a pretraining run's checkpoint")
-    torch.manual_seed(config.seed)  # for an untrained encoder
+        raise UserError(f"{path}: it has no head; --features head needs a pretraining checkpoint")
+    torch.manual_seed(config.seed)
+    model = encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
     try:
-        encoder = load_encoder(checkpoint, random=config.baseline == "random")
+        if config.baseline == "none":
+            encoder.load_state_dict(checkpoint["encoder"])
         if config.features == "head":
-            return nn.Sequential(encoder, load_head(checkpoint))
-        return encoder
-    except (LookupError, RuntimeError, TypeError, ValueError):
-        what = f"{checkpoint.get('arch')} of width {checkpoint.get('width')}"
-        raise Damaged(f"{path}: the weights in it are not those of a {what}") from None
+            model = nn.Sequential(encoder, load_head(checkpoint["head"]))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
+        raise DamagedCheckpoint(f"{path}: its weights do not fit a {shape}") from None
+    return model.eval()  # batch norm uses the statistics of training, and leaves them alone
 
 
 @torch.no_grad()
-def extract_features(encoder, images, config, autocast, batch=1000):
-    """Features of plain images, the encoder in eval mode: (N, 3, H, W) uint8 -> (N, D) float32"""
-    device, training, features = next(encoder.parameters()).device, encoder.training, []
-    encoder.eval()
-    for part in images.split(batch):
-        with autocast():
-            features.append(encoder(normalise(part.to(device) / 255, config)).float())
-    encoder.train(training)
+def embed(model, images, about, device, dtype, batch=1000):
+    """Features of images as they are, only normalised: (N, 3, S, S) uint8 -> (N, D) float32"""
+    mean, std = (torch.tensor(about[x], device=device).view(3, 1, 1) for x in ("mean", "std"))
+    features = []
+    for part in tqdm(images.split(batch), "features", leave=False, disable=None):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            features.append(model((part.to(device) / 255 - mean) / std).float())
     return torch.cat(features)
-
-
-def normalise(x, config):
-    """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
-    channels = zip(x.unbind(1), config.mean, config.std)
-    return torch.stack([(c - mean) / std for c, mean, std in channels], dim=3).permute(0, 3, 1, 2)
 
 
 # %% The vote
@@ -167,85 +156,89 @@ def knn_predict(features, bank, bank_labels, classes, k, temperature):
     return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
 
 
-def count_correct(features, labels, bank, bank_labels, classes, config, chunk=1000):
-    """How many of the features (N, D) get their own label from the bank (M, D) -> int"""
-    correct = 0
-    for h, y in zip(features.split(chunk), labels.split(chunk)):  # (N, M) at once is too much
-        scores = knn_predict(h, bank, bank_labels, classes, config.k, config.temperature)
-        correct += int((scores.argmax(1) == y).sum())
-    return correct
+# %% What the figures show: the neighbours of a few test images, and a map of many
+def choose_images(labels, n):
+    """Indices of n images, or of all: random but always the same ones, equally many per class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return order[stratified(labels[order], min(n, len(labels)), "n")[0]]
 
 
-# %% A measurement, and many of them beside a run
+def find_neighbours(h, bank, data, rows=6, k=5):
+    """A few test images, and the training images that the encoder considers most similar."""
+    chosen = choose_images(data.y_test, rows)
+    cosines = F.normalize(h[chosen], dim=1) @ F.normalize(bank, dim=1).T  # (rows, M)
+    cosines, nearest = (x.cpu() for x in cosines.topk(min(k, len(bank)), dim=1))  # (rows, k)
+    images, labels = data.x_train[nearest].permute(0, 1, 3, 4, 2), data.y_train[nearest]
+    test_images, test_labels = data.x_test[chosen].permute(0, 2, 3, 1), data.y_test[chosen]
+    found = dict(images=images, labels=labels, cosines=cosines, bank=len(bank))
+    return dict(test_images=test_images, test_labels=test_labels) | found
+
+
+def pca(features):
+    """Rows (N, D) along their two directions of largest variance -> (N, 2), shares of it (2,)"""
+    centred = features.cpu().double() - features.cpu().double().mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
+    two = directions[:, -2:].flip(1)  # (D, 2)
+    two = two * two.gather(0, two.abs().argmax(0, keepdim=True)).sign()  # or the sign is arbitrary
+    return centred @ two, variances[-2:].flip(0) / variances.sum().clamp(min=1e-12)
+
+
+def draw_map(h, labels, n=2000):
+    """Features of test images as points in the plane: similar ones tend to be close together."""
+    chosen = choose_images(labels, n)
+    points, shares = pca(F.normalize(h[chosen], dim=1))
+    return dict(points=points.float(), labels=labels[chosen], shares=shares.float())
+
+
+# %% One measurement, and many while a run is under way
 def measure_knn(path, checkpoint, config):
-    """-> a row of the table. path, checkpoint: the file, and the dict that is in it"""
+    """Measure a checkpoint, read from path -> a row of the table, {file name: arrays to write}"""
     start, data = time.monotonic(), find_data(path, checkpoint, config)
-    about, y_bank, y = data.about, data.y_train, data.y_test
+    about, y_bank, y, trained = data.about, data.y_train, data.y_test, config.baseline == "none"
     if not 1 <= config.k <= len(y_bank):
-        raise Halt(f"--k {config.k}: must be from 1 to {len(y_bank)}, the images in the bank")
+        raise UserError(f"--k {config.k}: must be from 1 to {len(y_bank)}, the images in the bank")
     if len(y_bank.unique()) < 2:
-        raise Halt(f"--data {about['name']}: one class only, so every vote would be right")
+        raise UserError(f"--data {about['name']}: only one class, so every vote would be right")
     device, dtype = start_device(config)
-    model = build_model(path, checkpoint, config)
-    if model:
-        model.to(device, memory_format=torch.channels_last)
-    pixels = SimpleNamespace(**about)  # their mean and std
-
-    def represent(images):  # (N, 3, H, W) uint8 -> (N, D)
-        if not model:
-            return normalise(images.to(device) / 255, pixels).flatten(1)
-        autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        parts = tqdm(images.split(1000), "features", leave=False, disable=None)
-        return torch.cat([extract_features(model, part, pixels, autocast) for part in parts])
-
-    bank, h = represent(data.x_train), represent(data.x_test)  # (M, D), (N, D)
+    model = build_model(path, checkpoint, config).to(device, memory_format=torch.channels_last)
+    bank, h = (embed(model, x, about, device, dtype) for x in (data.x_train, data.x_test))
     if not (bank.isfinite().all() and h.isfinite().all()):
-        raise Halt(f"{path}: its features are not finite")  # a vote of nan goes to class 0
-    y_bank, y, classes = y_bank.to(device), y.to(device), len(about["classes"])
-    correct = count_correct(h, y, bank, y_bank, classes, config)
+        raise UserError(f"{path}: its features are not finite")  # nan would vote for class 0
+    vote = bank, y_bank.to(device), len(about["classes"]), config.k, config.temperature
+    scores = torch.cat([knn_predict(part, *vote) for part in h.split(1000)])  # (N, M) is too large
+    correct = int((scores.argmax(1).cpu() == y).sum())
 
-    trained = config.baseline == "none"
+    features = "pixels" if config.baseline == "pixels" else config.features
+    what = dict(what=config.baseline, checkpoint=path and str(path), epoch=0)
+    if trained:
+        what |= dict(what=checkpoint["method"], epoch=checkpoint["epoch"])
     seed = checkpoint["machine"]["seed"] if trained else config.seed
-    return {
-        "what": checkpoint["method"] if trained else config.baseline,
-        "checkpoint": path and str(path),
-        "epoch": checkpoint["epoch"] if trained else 0,
-        "features": config.features if model else "pixels",
-        "k": config.k,
-        "temperature": config.temperature,
-        "top1": correct / len(y),
-        "correct": correct,
-        "n_test": len(y),
-        "n_train": len(bank),
-        "data": about["name"],
-        "data_sha256": about["sha256"],
-        "evaluated_on": "holdout" if about["holdout"] else "test",
-        "seconds": time.monotonic() - start,
-        "machine": describe_machine(device, dtype, seed),
-        "seed": seed,
-    }
+    row = what | dict(features=features, k=config.k, temperature=config.temperature)
+    row |= dict(top1=correct / len(y), correct=correct, n_test=len(y), n_train=len(bank))
+    row |= dict(data=config.data or checkpoint["data"]["name"], data_sha256=about["sha256"])
+    row |= dict(evaluated_on="holdout" if about["holdout"] else "test")
+    row |= dict(seconds=time.monotonic() - start, machine=describe_machine(device, dtype, seed))
+    row |= dict(seed=seed)
+    if features != "backbone":
+        return row, {}
+    if not trained:
+        return row, {"map-random.npz": draw_map(h, y)}
+    return row, {"map.npz": draw_map(h, y), "neighbours.npz": find_neighbours(h, bank, data)}
 
 
 def watch(folder, config):
-    """Yield path, checkpoint for each new state of the run in a folder; the last is pretrain.pt.
-    They are saved by the clock, so there can be several in an epoch, which counts when it is over.
-    """
-    seen, complete = None, False
-    while not complete:
-        complete = (folder / "pretrain.pt").exists()
-        path = folder / ("pretrain.pt" if complete else "last.pt")
+    """Yield path, checkpoint for each new state of a run; the last one is pretrain.pt."""
+    path = seen = None
+    while not path or path.name != "pretrain.pt":
+        time.sleep(config.watch_seconds if seen else 0.1)
         try:
-            written = path.stat().st_mtime_ns
-            checkpoint = load_checkpoint(path) if written != seen else None
-        except (OSError, Halt):  # being replaced just now, or half a copy from elsewhere
-            if complete:
+            path = find_checkpoint(folder)
+            if (written := path.stat().st_mtime_ns) != seen:
+                checkpoint, seen = load_checkpoint(path), written
+                yield path, checkpoint
+        except (OSError, UserError):  # not there yet, being replaced, or half a copy
+            if path and path.name == "pretrain.pt":
                 raise
-            checkpoint = None
-        if checkpoint:
-            seen = written
-            yield path, checkpoint
-        if not complete:
-            time.sleep(config.watch_seconds)
 
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
@@ -260,8 +253,10 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import typing
 import zipfile
 from pathlib import Path
@@ -275,7 +270,7 @@ FORMAT = "contrastive-cifar/1"
 KEYS = set("method epoch epochs config data arch width dim encoder".split())
 
 
-class Halt(Exception):
+class UserError(Exception):
     """Ends the script: one line on standard error, and the exit code (2: the user can mend it)."""
 
     def __init__(self, message, code=2):
@@ -283,7 +278,7 @@ class Halt(Exception):
         self.code = code
 
 
-class Damaged(Halt):
+class DamagedCheckpoint(UserError):
     """A checkpoint that is none, or not whole."""
 
 
@@ -291,16 +286,14 @@ class Damaged(Halt):
 BUILTIN = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
 
 
-def load_data(config):
+def load_data(source, config):
     """-> x_train (N, 3, S, S) uint8, y_train (N,), x_test, y_test (the images held out, if any are)
-    and about: what a checkpoint says of its data. Halt if --data names nothing of the kind.
+    and about: what a checkpoint says of its data. UserError if --data names nothing of the kind.
     """
-    size, name, parts = config.image_size, config.data, {}
+    size, name, parts = config.image_size, source, {}
     try:
         if name in BUILTIN:
             arrays = read_torchvision(BUILTIN[name], Path(config.data_dir))
-        elif Path(name).is_dir():
-            arrays = read_folder(Path(name), Path(config.data_dir), size)
         else:
             arrays = dict(np.load(name, allow_pickle=False))
         for part in ("train", "test"):
@@ -313,17 +306,15 @@ def load_data(config):
             if x.shape[2:] != (size, size):
                 x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
             parts[part] = x, torch.from_numpy(y.astype(np.int64))
-    except Halt:
+    except UserError:
         raise
     except Exception as error:  # a foreign file can raise anything
-        known = (
-            f"{', '.join(BUILTIN)}, a folder with train/<class>/* and test/<class>/*, or an .npz"
-        )
-        raise Halt(f"--data {name}: {error or type(error).__name__} (takes {known})") from None
+        known = f"{', '.join(BUILTIN)} or an .npz"
+        raise UserError(f"--data {name}: {error or type(error).__name__} (takes {known})") from None
     n_classes = 1 + max(int(y.max()) for _, y in parts.values())
     classes = [str(c) for c in np.ravel(arrays.get("classes", range(n_classes)))]
     if len(classes) < n_classes:
-        raise Halt(f"--data {name}: {len(classes)} names of classes, {n_classes} classes")
+        raise UserError(f"--data {name}: {len(classes)} names of classes, {n_classes} classes")
     (x, y), (x_test, y_test) = parts["train"], parts["test"]
     if config.holdout:
         held, rest = stratified(y, config.holdout, "--holdout")
@@ -331,7 +322,9 @@ def load_data(config):
     if config.limit:
         some, _ = stratified(y, config.limit, "--limit")
         x, y = x[some], y[some]
-    about = dict(name=name, classes=classes, image_size=size, n_train=len(x), n_test=len(x_test))
+    about = dict(
+        name=name, file=name, classes=classes, image_size=size, n_train=len(x), n_test=len(x_test)
+    )
     about |= dict(mean=list(config.mean), std=list(config.std), holdout=config.holdout)
     digest = hashlib.sha256()
     for tensor in (x, y, x_test, y_test):
@@ -354,90 +347,33 @@ def read_torchvision(name, root):
         if new and root.exists() and not any(root.iterdir()):
             root.rmdir()
         ways = f"go online once, put its archive into {root}/, or --data FOLDER or FILE.npz"
-        raise Halt(f"{name} is not in {root}/ and could not be fetched ({error}): {ways}") from None
+        raise UserError(
+            f"{name} is not in {root}/ and could not be fetched ({error}): {ways}"
+        ) from None
     return arrays
-
-
-def list_images(folder):
-    """<folder>/<class>/* but for what is hidden -> class names, [(file, label), ...]"""
-    classes = sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
-    )
-    kinds, samples = torchvision.datasets.folder.IMG_EXTENSIONS, []
-    for label, name in enumerate(classes):
-        files = [file for file in sorted((folder / name).iterdir()) if file.name[0] != "."]
-        files = [(file, label) for file in files if file.suffix.lower() in kinds]
-        if not files:
-            raise ValueError(f"there is no image in {folder / name}")
-        samples += files
-    if not classes:
-        raise ValueError(f"there is no folder in {folder}, one a class")
-    return classes, samples
-
-
-def read_folder(path, root, size):
-    """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
-    part = "test" if (path / "test").is_dir() else "val"
-    (classes, train), (test_classes, test) = list_images(path / "train"), list_images(path / part)
-    if classes != test_classes:
-        raise ValueError(f"the classes in train/ and {part}/ differ")
-    files = [(str(file), label, os.stat(file)) for file, label in train + test]
-    key = repr([(file, label, stat.st_size, stat.st_mtime_ns) for file, label, stat in files])
-    key = hashlib.sha256(key.encode()).hexdigest()[:12]
-    cache = root / f"{path.resolve().name}-{size}px-{key}.npz"
-    if not cache.exists():
-        arrays = {"classes": classes}
-        for part, samples in (("train", train), ("test", test)):
-            images = np.empty((len(samples), size, size, 3), np.uint8)
-            for i, (file, _) in enumerate(tqdm(samples, f"{part} images", disable=None)):
-                try:
-                    image = torchvision.datasets.folder.default_loader(file)
-                    images[i] = image.resize((size, size))
-                except Exception as error:  # a foreign file can raise anything
-                    raise ValueError(f"{file} is not a readable image: {error}") from None
-            arrays |= {f"x_{part}": images, f"y_{part}": [label for _, label in samples]}
-        np.savez(buffer := io.BytesIO(), **arrays)
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomic(cache, buffer.getbuffer())
-    try:
-        return dict(np.load(cache))
-    except Exception as error:
-        raise ValueError(f"the cache {cache} is damaged, remove it ({error})") from None
 
 
 def stratified(labels, n, flag):
     """A fixed choice of n images, equally many of each class -> their indices, and the others'."""
     if not n <= len(labels) - (flag == "--holdout"):
-        raise Halt(f"{flag} {n}: there are {len(labels)} training images")
+        raise UserError(f"{flag} {n}: there are {len(labels)} training images")
     order, count = labels.argsort(stable=True), labels.bincount()
     place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
     order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
     return order[:n].sort().values, order[n:].sort().values
 
 
-@functools.lru_cache(maxsize=1)  # several checkpoints, or states, mostly name the same images
-def load_data_once(**settings):
-    return load_data(SimpleNamespace(**settings))
-
-
 def find_data(path, checkpoint, config):
-    """The images that a checkpoint names, or what the config says in their place."""
-    named, about = checkpoint["config"], checkpoint["data"]
-    settings = {k: getattr(config, k) or named[k] for k in "data data_dir limit holdout".split()}
-    settings |= {k: tuple(about[k]) for k in ("mean", "std")} | {"image_size": about["image_size"]}
+    """The images that a checkpoint was trained on, or those that the flags name instead."""
+    flags = {k: v for k in ("data_dir", "limit", "holdout") if (v := getattr(config, k))}
+    settings = SimpleNamespace(**checkpoint["config"] | checkpoint["data"] | flags)
     try:
-        return load_data_once(**settings)
-    except Halt as halt:
+        return load_data(config.data or getattr(settings, "file", settings.name), settings)
+    except UserError as error:
         if not path or config.data or config.limit or config.holdout:
             raise
-        raise Halt(f"{halt}: so {path} has it; if it is elsewhere now, pass --data") from None
-
-
-def untrained(config):
-    """What stands for a checkpoint in a baseline without one."""
-    data = dict(image_size=config.image_size, mean=config.mean, std=config.std)
-    named = dict(data="cifar10", data_dir="data", limit=0, holdout=0)
-    return dict(arch=config.arch, width=config.width, data=data, config=named)
+        where = f"pass --data FILE.npz (that of a folder is in {settings.data_dir}/)"
+        raise UserError(f"{error}; {path} names it: if it has moved, {where}") from None
 
 
 # %% Checkpoints
@@ -457,21 +393,21 @@ def write_atomic(path, content, previous=None):
 
 
 def load_checkpoint(path):
-    """The checkpoint in a file -> dict, on the CPU; Damaged if it is none or not whole."""
+    """The checkpoint in a file -> dict, on the CPU; DamagedCheckpoint if it is none."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not look at the checksums
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Halt(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a foreign file can raise anything
         why = error if type(error) is ValueError else type(error).__name__
-        raise Damaged(f"{path}: not a readable checkpoint ({why})") from None
+        raise DamagedCheckpoint(f"{path}: not a readable checkpoint ({why})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise Damaged(f"{path}: not a checkpoint of format {FORMAT}")
+        raise DamagedCheckpoint(f"{path}: not a checkpoint of format {FORMAT}")
     if missing := KEYS - checkpoint.keys():
-        raise Damaged(f"{path}: lacks {', '.join(sorted(missing))}")
+        raise DamagedCheckpoint(f"{path}: lacks {', '.join(sorted(missing))}")
     weights = checkpoint["encoder"] if isinstance(checkpoint["encoder"], dict) else ()
     for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
         if weights and all(str(name).startswith(prefix) for name in weights):
@@ -483,66 +419,53 @@ def load_checkpoint(path):
 def find_checkpoint(path):
     """A checkpoint file, or the newest one in a run's folder."""
     path = Path(path)
-    files = (
-        [path / name for name in ("pretrain.pt", "last.pt", "prev.pt")] if path.is_dir() else [path]
-    )
-    for file in files:
+    names = "pretrain.pt", "last.pt", "prev.pt"
+    for file in [path / name for name in names] if path.is_dir() else [path]:
         if file.is_file():
             return file
-    raise Halt(
-        f"{path}: no pretrain.pt and no last.pt there" if path.is_dir() else f"{path}: no such file"
-    )
+    missing = "no pretrain.pt or last.pt in this folder" if path.is_dir() else "no such file"
+    raise UserError(f"{path}: {missing}")
 
 
 # %% Results
 COLUMNS = "{:<10} {:>5}  {:<8}  {:>4}  {:>7}  {:>14} {:<8} {:>6}  {:<10}  {}"
 HEADER = "method epoch features k top-1 correct images bank data checkpoint"
+SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
 
 
 def table_row(row):
     """A measurement as a line of the table."""
-    percent, correct = f"{100 * row['top1']:.2f} %", f"{row['correct']} of {row['n_test']}"
-    first = [row[name] for name in ("what", "epoch", "features", "k")]
-    last = [row["evaluated_on"], row["n_train"], Path(row["data"]).name, row["checkpoint"] or "-"]
-    return COLUMNS.format(*first, percent, correct, *last)
+    result = f"{row['top1']:.2%}", f"{row['correct']} of {row['n_test']}", row["evaluated_on"]
+    where = row["n_train"], Path(row["data"]).name, row["checkpoint"] or "-"
+    return COLUMNS.format(row["what"], row["epoch"], row["features"], row["k"], *result, *where)
 
 
-def result_file(path, config):
-    """The knn.jsonl that a result of this checkpoint goes to, if any."""
+def result_folder(path, config):
+    """Where the results of a checkpoint go, if anywhere: a folder that can be written to."""
     folder = Path(config.out) if config.out else path and path.parent
-    if not folder:
-        return None
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise Halt(f"no knn.jsonl can be written to {folder}: name another folder with --out")
-    return folder / "knn.jsonl"
-
-
-SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{error}: name another folder with --out") from None
+    return folder
 
 
 def record(path, row):
-    """Add a row to knn.jsonl, in the place of an older one of the same measurement."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Add a row to knn.jsonl, instead of an older one of the same measurement."""
     if row["checkpoint"]:
         row = row | {"checkpoint": os.path.relpath(row["checkpoint"], path.parent)}
 
-    def same(line):
+    def other(line):
         try:
-            return all(json.loads(line).get(name) == row[name] for name in SAME)
-        except (ValueError, AttributeError):  # torn by a full disk, for example
-            return False
+            return any(json.loads(line).get(name) != row[name] for name in SAME)
+        except (ValueError, AttributeError):  # half a line, after a full disk for example
+            return True
 
-    old = path.read_text() if path.exists() else ""
-    rest = [line for line in old.splitlines() if not same(line)]
-    new = json.dumps(row) + "\n"
-    if len(rest) < len(old.splitlines()):
-        write_atomic(path, "\n".join([*rest, new]).encode())
-        return
-    with open(path, "a") as file:
-        file.write("\n" + new if old and not old.endswith("\n") else new)
-        file.flush()
-        os.fsync(file.fileno())
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [*filter(other, lines), json.dumps(row), ""]
+    write_atomic(path, "\n".join(lines).encode())
 
 
 # %% Devices
@@ -559,7 +482,7 @@ def start_device(config):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
+        raise UserError(f"--device {name} is not here; there is {', '.join(have)}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
@@ -605,7 +528,7 @@ def describe_machine(device, dtype, seed):
 # %% Command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Halt(f"{message} (--help shows the flags)")
+        raise UserError(f"{message} (--help shows the flags)")
 
 
 def parse_config(argv=None):
@@ -658,7 +581,7 @@ SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
 def check_config(config):
-    """Halt if a value cannot work."""
+    """UserError if a value cannot work."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         values, wrong = value if field.type is tuple else [value], None
@@ -682,49 +605,59 @@ def check_config(config):
             elif name == "batch_size" and value == 1:
                 wrong = "2 or more: an image is told from others"
         if wrong:
-            raise Halt(f"{flag_of(name)} {','.join(map(str, values))}: must be {wrong}")
+            raise UserError(f"{flag_of(name)} {','.join(map(str, values))}: must be {wrong}")
     return config
 
 
+def find_states(config):
+    """Check what the flags name, and yield path, checkpoint for each thing to measure."""
+    paths, baseline = [Path(path) for path in config.checkpoints], config.baseline != "none"
+    if not paths and not baseline:
+        raise UserError("name run folders or checkpoints, such as runs/moco, or a --baseline")
+    if baseline and (config.watch or config.features == "head"):
+        raise UserError("--baseline cannot be combined with --watch or --features head")
+    if config.watch and (len(paths) != 1 or not paths[0].is_dir()):
+        raise UserError(f"--watch follows the folder of one run, not {config.checkpoints}")
+    if config.watch:
+        print(f"following {paths[0]}/ until it has pretrain.pt; Ctrl-C stops", flush=True)
+        yield from watch(paths[0], config)
+    for path in [find_checkpoint(path) for path in paths if not config.watch]:
+        yield path, load_checkpoint(path)
+    if not paths:
+        named, about = dict(data_dir="data", limit=0, holdout=0), vars(config) | {"name": "cifar10"}
+        yield None, dict(arch=config.arch, width=config.width, config=named, data=about)
+
+
 def main(argv=None):
-    """Measure as the command line says -> exit code"""
+    """Measure what the command line asks for -> exit code"""
+    header, folders = COLUMNS.format(*HEADER.split()) + "\n", []
     try:
         config = parse_config(argv)
-        paths, baseline = [Path(path) for path in config.checkpoints], config.baseline != "none"
-        if not paths and not baseline:
-            raise Halt("name run folders or checkpoints, for example runs/moco, or a --baseline")
-        if baseline and (config.watch or config.features == "head"):
-            raise Halt("--baseline goes with neither --watch nor --features head")
-        if config.watch and (len(paths) != 1 or not paths[0].is_dir()):
-            raise Halt(f"--watch follows the folder of one run, not {config.checkpoints}")
-        if config.watch:
-            files, states = [paths[0] / "last.pt"], watch(paths[0], config)
-            print(f"following {paths[0]}/ until pretrain.pt is there; Ctrl-C stops", flush=True)
-        elif paths:
-            files = [find_checkpoint(path) for path in paths]
-            states = ((path, load_checkpoint(path)) for path in files)  # one at a time
-        else:
-            files, states = [None], [(None, untrained(config))]
-        for path in files:
-            result_file(path, config)  # find out now whether it can be written
-        header = COLUMNS.format(*HEADER.split()) + "\n"
-        for path, checkpoint in states:
-            row = measure_knn(path, checkpoint, config)
+        for path, checkpoint in find_states(config):
+            folder = result_folder(path, config)
+            row, arrays = measure_knn(path, checkpoint, config)
             print(header + table_row(row), flush=True)
             header = ""
-            if target := result_file(path, config):
-                record(target, row)
-    except Halt as halt:
-        print(f"error: {halt}", file=sys.stderr)
-        return halt.code
+            for name in arrays if folder else ():
+                if config.out or not path.name.startswith("epoch"):  # figures show the newest state
+                    np.savez(buffer := io.BytesIO(), epoch=row["epoch"], **arrays[name])
+                    write_atomic(folder / name, buffer.getbuffer())
+            if folder:
+                record(folder / "knn.jsonl", row)
+                folders.append(str(folder))
+        if config.baseline == "none" and not config.out:
+            print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except torch.OutOfMemoryError:
-        print("error: out of memory: lower --limit, or take --device cpu", file=sys.stderr)
+        print("error: out of memory: lower --limit, or use --device cpu", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: knn.jsonl cannot be written: {error}", file=sys.stderr)
+        print(f"error: the results cannot be written: {error}", file=sys.stderr)
         return 4
     except KeyboardInterrupt:
-        print("error: interrupted; what was measured is in knn.jsonl", file=sys.stderr)
+        print("error: interrupted; finished results are in knn.jsonl", file=sys.stderr)
         return 130
     return 0
 

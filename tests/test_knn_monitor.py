@@ -1,8 +1,7 @@
-"""knn_monitor.py: the vote equals its definition, each result says how it was measured, a run under
-way is followed, and bad input is refused. Oracle C18 of correctness.md.
+"""knn_monitor.py: the vote equals its definition, each result records how it was measured, a run
+under way is followed, the figures' files hold what they say, and bad input is refused.
 """
 
-import contextlib
 import copy
 import functools
 import json
@@ -11,7 +10,6 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from conftest import write_npz
 from torch import nn
 
 import knn_monitor
-from knn_monitor import Config, build_encoder, count_correct, extract_features, knn_predict
+from knn_monitor import Config, build_encoder, embed, knn_predict
 
 ROW = """what checkpoint epoch features k temperature top1 correct n_test n_train data data_sha256
          evaluated_on seconds machine seed"""
@@ -68,9 +66,9 @@ def new_head():
 
 
 def checkpoint(data, epoch=3, **changes):
-    """As a pretraining script writes it, with random weights."""
+    """What a pretraining script writes, with random weights."""
     encoder, head = copy.deepcopy(weights(epoch))
-    about = dict(name=str(data), image_size=8, mean=list(MEAN), std=list(STD))
+    about = dict(name="tiny", file=str(data), image_size=8, mean=list(MEAN), std=list(STD))
     config = dict(data=str(data), data_dir=str(data.parent), limit=0, holdout=0)
     saved = dict(format=knn_monitor.FORMAT, kind="pretrain", method="moco", epoch=epoch, epochs=3)
     saved |= dict(config=config, data=about, arch="resnet8", width=4, dim=16)
@@ -126,7 +124,7 @@ def test_vote_equals_sklearn(dtype):
     assert (knn_predict(h, bank, labels, 10, 50, 0.1).argmax(1).numpy() == expected).all()
 
 
-def test_lengths_of_the_features_do_not_count(vote):
+def test_feature_lengths_do_not_matter(vote):
     h, bank, _, labels = vote
     scale = 100 * torch.rand(len(bank), 1) + 0.01
     scores = knn_predict(h, bank, labels, 4, 20, 0.1)
@@ -134,29 +132,19 @@ def test_lengths_of_the_features_do_not_count(vote):
     torch.testing.assert_close(scaled, scores, rtol=1e-4, atol=1e-7)
 
 
-def test_correct_is_a_whole_number_whatever_the_chunks(vote):
-    h, bank, y, labels = vote
-    right = brute_force(h, bank, labels, 4, 20, 0.1).argmax(1) == y
-    for chunk in (1, 7, 59, 1000):
-        correct = count_correct(h, y, bank, labels, 4, Config(k=20), chunk)
-        assert type(correct) is int and correct == int(right.sum())
-    assert 0 < correct < len(y)
-
-
 # The features
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_features_are_of_eval_mode_and_leave_no_trace(training):
+def test_features_are_of_eval_mode_and_leave_no_trace(tmp_path):
     encoder = build_encoder("resnet8", 4).train()
-    encoder(torch.randn(8, 3, 8, 8))  # statistics that are not those of the start
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(torch.randn(8, 3, 8, 8))  # statistics other than the initial ones
+    saved = dict(encoder=encoder.state_dict(), arch="resnet8", width=4)
+    model = knn_monitor.build_model(None, saved, Config())
+    before = copy.deepcopy(model.state_dict())
     images = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8)
-    encoder.train(training)
-    settings = SimpleNamespace(mean=MEAN, std=STD)
-    h = extract_features(encoder, images, settings, contextlib.nullcontext, batch=7)
-    assert all(module.training == training for module in encoder.modules())
-    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    about = {"mean": MEAN, "std": STD}
+    h = embed(model, images, about, torch.device("cpu"), torch.float32, batch=7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     expected = encoder.eval()((images / 255 - mean) / std)
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-5)
@@ -168,31 +156,36 @@ def test_head_is_rebuilt_with_any_layers():
         head = nn.Sequential(*new_head(), nn.BatchNorm1d(6, affine=affine))
         head(torch.randn(9, 16))
         x = torch.randn(5, 16)
-        rebuilt = knn_monitor.load_head({"head": head.state_dict()})
-        assert torch.equal(rebuilt(x), head.eval()(x))
+        rebuilt = knn_monitor.load_head(head.state_dict())
+        assert torch.equal(rebuilt.eval()(x), head.eval()(x))
 
 
 # A measurement
 
 
-def count(saved, data, config):
-    """What a measurement must find, computed the long way."""
+def features(saved, data, config):
+    """Bank, h and the labels of both, computed the long way in float64."""
     arrays, mean, std = np.load(data), torch.tensor(MEAN), torch.tensor(STD)
     x = [torch.tensor(arrays[name]).double() / 255 for name in ("x_train", "x_test")]
     x = [((part - mean) / std).permute(0, 3, 1, 2) for part in x]
     y = [torch.tensor(arrays[name]) for name in ("y_train", "y_test")]
     if config.baseline == "pixels":
-        bank, h = (part.flatten(1) for part in x)
-    else:
-        encoder = build_encoder("resnet8", 4).double().eval()
-        encoder.load_state_dict(saved["encoder"])
-        bank, h = (encoder(part).detach() for part in x)
-        if config.features == "head":
-            head = new_head().double().eval()
-            head.load_state_dict(saved["head"])
-            bank, h = head(bank).detach(), head(h).detach()
-    scores = brute_force(h, bank, y[0], 3, config.k, config.temperature)
-    return int((scores.argmax(1) == y[1]).sum())
+        return *(part.flatten(1) for part in x), *y
+    encoder = build_encoder("resnet8", 4).double().eval()
+    encoder.load_state_dict(saved["encoder"])
+    x = [encoder(part).detach() for part in x]
+    if config.features == "head":
+        head = new_head().double().eval()
+        head.load_state_dict(saved["head"])
+        x = [head(part).detach() for part in x]
+    return *x, *y
+
+
+def count(saved, data, config):
+    """How many test images a measurement must get right."""
+    bank, h, labels, y = features(saved, data, config)
+    scores = brute_force(h, bank, labels, 3, config.k, config.temperature)
+    return int((scores.argmax(1) == y).sum())
 
 
 @pytest.mark.parametrize("kind", ["backbone", "head", "pixels"])
@@ -202,12 +195,23 @@ def test_result_equals_brute_force(run, data, kind):
     config = Config(k=5, **({"baseline": kind} if kind == "pixels" else {"features": kind}))
     (row,) = rows(run)
     assert row["correct"] == count(checkpoint(data), data, config)
+    assert row["data"] == "tiny" and 0 < row["correct"] < 30
     assert row["top1"] == row["correct"] / 30 and row["n_test"] == 30 and row["n_train"] == 60
     assert list(row) == ROW.split()
     assert row["what"] == ("pixels" if kind == "pixels" else "moco") and row["features"] == kind
     assert row["checkpoint"] == "pretrain.pt" and row["evaluated_on"] == "test"
     assert row["epoch"] == (0 if kind == "pixels" else 3)
     assert row["seed"] == (0 if kind == "pixels" else 7)
+
+
+def test_many_test_images_are_counted_in_parts(tmp_path):
+    """More than fit into one similarity matrix, and a last part that is smaller."""
+    data = write_npz(tmp_path / "more.npz", n_train=30, n_test=2100, classes=3, size=8)
+    run = write(tmp_path / "run" / "pretrain.pt", checkpoint(data)).parent
+    measure(run)
+    (row,) = rows(run)
+    assert row["correct"] == count(checkpoint(data), data, Config(k=5)) and row["n_test"] == 2100
+    assert len(np.load(run / "map.npz")["points"]) == 2000
 
 
 def test_agrees_with_the_run_itself(pretrained, tmp_path):
@@ -234,10 +238,12 @@ def test_baselines_without_a_checkpoint(data, tmp_path):
     flags = ["--data", data, "--image-size", "8", "--out", tmp_path / "new" / "out"]
     measure("--baseline", "pixels", *flags)
     measure("--baseline", "random", "--arch", "resnet8", "--width", "4", *flags)
-    measure("--baseline", "pixels", *flags[:-2])  # goes nowhere but to the screen
+    measure("--baseline", "pixels", *flags[:-2])  # only prints
     pixels, random = rows(tmp_path / "new" / "out")
     assert pixels["what"] == "pixels" and random["what"] == "random"
     assert pixels["checkpoint"] is random["checkpoint"] is None
+    written = sorted(path.name for path in (tmp_path / "new" / "out").iterdir())
+    assert written == ["knn.jsonl", "map-random.npz"]
 
 
 def test_several_checkpoints_of_any_kind_make_one_table(run, data, tmp_path, capsys):
@@ -245,8 +251,9 @@ def test_several_checkpoints_of_any_kind_make_one_table(run, data, tmp_path, cap
     linear = write(tmp_path / "b" / "linear.pt", checkpoint(data, kind="linear", method="simclr"))
     last = write(tmp_path / "c" / "last.pt", checkpoint(data, epoch=2))
     measure(run, kept, linear, last.parent)
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split()[0] == "method" and len(lines) == 4
+    header, *lines, next_step = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["method", "epoch", "features", "k"] and len(lines) == 4
+    assert next_step == f"next: python plots.py {run} {linear.parent} {last.parent}"
     assert [line.split()[:2] for line in lines] == [
         ["moco", "3"],
         ["moco", "1"],
@@ -258,7 +265,8 @@ def test_several_checkpoints_of_any_kind_make_one_table(run, data, tmp_path, cap
     )
     assert [row["checkpoint"] for row in rows(run)] == ["pretrain.pt", "epoch0001.pt"]
     for line, row in zip(lines, rows(run)):
-        assert f"{100 * row['top1']:.2f} %" in line and f"{row['correct']} of 30 test" in line
+        assert f"{100 * row['top1']:.2f}%" in line and f"{row['correct']} of 30 test" in line
+        assert line.split()[2:4] == ["backbone", "5"]
     assert len(rows(linear.parent)) == len(rows(last.parent)) == 1
 
 
@@ -281,6 +289,23 @@ def test_data_that_moved_is_asked_for(run, data, refused, tmp_path):
     measure(run, "--data", moved)
 
 
+def test_older_checkpoints_name_their_data_as_the_flag_did(data, refused, tmp_path):
+    """They have no data["file"], and what they name can be a folder: only its cache can be read."""
+    old = checkpoint(data)
+    del old["data"]["file"]
+    (tmp_path / "photos").mkdir()
+    run = write(tmp_path / "run" / "pretrain.pt", copy.deepcopy(old)).parent
+    for name in (str(data), str(tmp_path / "photos")):
+        old["data"]["name"] = name
+        write(run / "pretrain.pt", old)
+        if name == str(data):
+            measure(run)
+        else:
+            refused(knn_monitor.main, [run, *FAST], "--data FILE.npz")
+    measure(run, "--data", data)
+    assert [row["data"] for row in rows(run)] == [str(data)]
+
+
 def test_a_row_replaces_the_one_of_the_same_measurement(run, data):
     measure(run)
     measure(run, "--temperature", "0.2")
@@ -296,13 +321,88 @@ def test_a_row_replaces_the_one_of_the_same_measurement(run, data):
     assert strip(json.loads(lines[3])) == strip(old[0])
 
 
-def test_a_row_behind_a_torn_one_starts_a_line(run):
-    (run / "knn.jsonl").write_text('{"torn": ')
+# What the figures show
+
+
+def test_neighbours_equal_brute_force(run, data):
     measure(run)
-    assert json.loads((run / "knn.jsonl").read_text().splitlines()[1])["what"] == "moco"
+    found, arrays = np.load(run / "neighbours.npz"), np.load(data)
+    bank, h, labels, y = (x.numpy() for x in features(checkpoint(data), data, Config()))
+    bank, h = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, h))
+    assert (found["bank"], found["epoch"]) == (60, 3)
+    assert found["images"].shape == (6, 5, 8, 8, 3) and found["images"].dtype == np.uint8
+    assert found["cosines"].dtype == np.float32
+    assert sorted(found["test_labels"]) == [0, 0, 1, 1, 2, 2]  # 3 classes; of 6, one image each
+    seen = set()
+    for i, image in enumerate(found["test_images"]):
+        (test,) = np.flatnonzero((arrays["x_test"] == image).all((1, 2, 3)))
+        seen.add(test)
+        nearest = (-bank @ h[test]).argsort()[:5]
+        np.testing.assert_array_equal(found["images"][i], arrays["x_train"][nearest])
+        np.testing.assert_array_equal(found["labels"][i], labels[nearest])
+        np.testing.assert_allclose(found["cosines"][i], (bank @ h[test])[nearest], atol=1e-5)
+        assert found["test_labels"][i] == y[test]
+    assert len(seen) == 6
 
 
-# Beside a run
+def test_map_equals_the_singular_value_decomposition(run, data):
+    measure(run, "--baseline", "random")
+    measure(run)
+    torch.manual_seed(0)
+    random = {"encoder": build_encoder("resnet8", 4).state_dict()}
+    for name, saved, epoch in (("map", checkpoint(data), 3), ("map-random", random, 0)):
+        found = np.load(run / f"{name}.npz")
+        _, h, _, y = (x.numpy() for x in features(saved, data, Config()))
+        h = h / np.linalg.norm(h, axis=1, keepdims=True)
+        u, s, directions = np.linalg.svd(h - h.mean(0), full_matrices=False)
+        signs = [np.sign(row[abs(row).argmax()]) for row in directions[:2]]
+        points = np.column_stack([u[:, :2] * s[:2] * signs, y])
+        theirs = np.column_stack([found["points"], found["labels"]])
+        order = lambda rows: rows[rows[:, 0].argsort()]
+        np.testing.assert_allclose(order(theirs), order(points), atol=1e-5)
+        np.testing.assert_allclose(found["shares"], (s**2 / (s**2).sum())[:2], rtol=1e-4)
+        assert found["epoch"] == epoch and found["points"].dtype == np.float32
+
+
+def test_the_same_images_are_chosen_for_every_run(run, data):
+    """Figures of two runs, or of two epochs, show the same images; each class has equally many."""
+    measure(run)
+    one = dict(np.load(run / "neighbours.npz"))
+    write(run / "pretrain.pt", checkpoint(data, epoch=2))
+    measure(run, "--seed", "5")
+    two = dict(np.load(run / "neighbours.npz"))
+    assert np.array_equal(one["test_images"], two["test_images"]) and two["epoch"] == 2
+    assert not np.array_equal(one["cosines"], two["cosines"])
+    labels = torch.arange(10).repeat_interleave(300)
+    chosen = knn_monitor.choose_images(labels, 2000)
+    assert labels[chosen].bincount().tolist() == [200] * 10 and len(set(chosen.tolist())) == 2000
+    assert len(set(labels[knn_monitor.choose_images(labels, 6)].tolist())) == 6
+    assert (chosen % 300).max() > 250  # not simply the first 200 of each class
+
+
+@pytest.mark.parametrize("flags", ["--features head", "--baseline pixels"])
+def test_only_backbone_features_leave_figures(run, flags):
+    measure(run, *flags.split())
+    assert sorted(path.name for path in run.iterdir()) == ["knn.jsonl", "pretrain.pt"]
+
+
+def test_a_kept_checkpoint_does_not_replace_the_figures_of_its_run(run, data, tmp_path):
+    kept = write(run / "epoch0001.pt", checkpoint(data, epoch=1))
+    measure(run, kept)
+    measure(kept, "--out", tmp_path / "other")
+    assert np.load(run / "map.npz")["epoch"] == 3 == np.load(run / "neighbours.npz")["epoch"]
+    assert np.load(tmp_path / "other" / "map.npz")["epoch"] == 1
+
+
+def test_fewer_images_than_the_figures_want(tmp_path):
+    data = write_npz(tmp_path / "few.npz", n_train=4, n_test=3, classes=2, size=8)
+    run = write(tmp_path / "run" / "pretrain.pt", checkpoint(data)).parent
+    measure(run, "--k", "4")
+    assert np.load(run / "neighbours.npz")["labels"].shape == (3, 4)
+    assert len(np.load(run / "map.npz")["points"]) == 3
+
+
+# While a run is under way
 
 
 def wait_for(condition):
@@ -334,8 +434,12 @@ def test_watch_follows_a_run_until_it_is_complete(data, tmp_path, capsys):
     thread.join()
     found = [(row["epoch"], row["checkpoint"]) for row in rows(run)]
     assert found == [(1, "last.pt"), (2, "last.pt"), (3, "pretrain.pt")]
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 3  # an announcement, and a header
-    assert sorted(path.name for path in run.iterdir()) == ["knn.jsonl", "pretrain.pt"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 + 1  # an announcement, a header, three states, the next step
+    assert lines[-1] == f"next: python plots.py {run}"
+    names = ["knn.jsonl", "map.npz", "neighbours.npz", "pretrain.pt"]
+    assert sorted(path.name for path in run.iterdir()) == names
+    assert np.load(run / "map.npz")["epoch"] == 3
 
 
 def test_watch_stops_cleanly_on_ctrl_c(data, tmp_path, capsys):
