@@ -25,10 +25,10 @@ while [ "$1" ]; do
         knn_monitor.py) file=knn.jsonl; out=$2 ;;
         moco_cifar.py | simclr.py | fast_moco.py) file=pretrain.pt ;;
         --report) file=report.md ;;
-        --ablation) file=ablation-$2.md ;;
         plots.py) file=table.md ;;
         random) if [ "$file" = linear.pt ]; then out=$out/random; fi ;;
         --out) out=$2 ;;
+        tools/ablate.py) exit 0 ;;
         tools/make_shapes.py) file=$(basename $2); out=$(dirname $2) ;;
     esac
     shift
@@ -41,7 +41,7 @@ echo "$file" > "$out/$file"
 @pytest.fixture
 def tree(tmp_path):
     """A copy of what make needs, with empty scripts"""
-    for name in ("Makefile", "requirements.txt", "tests/requirements.txt"):
+    for name in ("Makefile", "experiments.mk", "requirements.txt", "tests/requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "tools").mkdir()
@@ -55,8 +55,8 @@ def tree(tmp_path):
 @pytest.fixture
 def make(tree):
     """make(*arguments) -> the ended process; PYTHON is the fake one unless told otherwise"""
-    own = "MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES PYTHON DATA EPOCHS SEED SEEDS ARGS EVAL".split()
-    own += "METHOD NAME VENV".split()
+    own = "MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES PYTHON DATA RECIPE EPOCHS SEED SEEDS".split()
+    own += "ARGS EVAL METHOD NAME VENV SCALE".split()
 
     def run(*argv, python="./python"):
         environment = {key: value for key, value in os.environ.items() if key not in own}
@@ -253,7 +253,8 @@ def test_two_jobs_do_the_same_work(tree, make, calls, target):
 
 def test_a_run_goes_on_under_the_folder_of_the_run(make):
     """The target is what is written last, never the state of a run under way."""
-    assert "last.pt" not in (ROOT / "Makefile").read_text()
+    for name in ("Makefile", "experiments.mk"):
+        assert "last.pt" not in (ROOT / name).read_text()
 
 
 # the other methods, and the documents' experiments
@@ -306,24 +307,30 @@ def test_fast_mocos_own_evaluations(make, recipe, name):
     )
 
 
-ABLATIONS = {"stage": 7, "encode": 6, "frameworks": 8, "parts": 4, "batch": 3}
+def test_two_of_them_at_once_are_both_made(calls):
+    lines = calls("fast-moco-semi-1", "fast-moco-semi-10")
+    assert sum("--recipe semi-1 " in line for line in lines) == 1
+    assert sum("--recipe semi-10 " in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_is_a_run_for_each_value_and_seed(make, calls, name):
-    """All differ in one flag; one figure and one table come at the end; nothing runs twice."""
-    settings = [f"ablate-{name}", "SEEDS=0 1", "EPOCHS=2", "ARGS=--width 4 --batch-size 8"]
-    lines = calls(*settings)
-    runs = [line for line in lines if line.startswith("fast_moco.py")]
-    folders = {re.search(r"--out (\S+)", line)[1] for line in runs}
-    assert len(runs) == len(folders) == 2 * ABLATIONS[name]
-    flags = {re.sub(r" --(out|seed) \S+", "", line) for line in runs}
-    assert len(flags) == ABLATIONS[name]
-    own = re.compile(r"--batch-size 8 .*--(combine-at|encode|framework|parts-combined|batch-size) ")
-    assert all(own.search(line) for line in runs)  # ARGS cannot undo what is compared
-    last = shlex.split(lines[-1])
-    assert {*last[1:-4]} == folders and last[-4:-2] == ["--ablation", name]
-    assert calls(*settings) == []
+def test_an_ablation_is_one_call_of_its_tool(make):
+    def options(*settings):
+        (line,) = planned(make("-n", *settings))
+        return shlex.split(line)[2:]
+
+    # an empty DATA, EPOCHS or ARGS leaves what --scale brings
+    default = ["temperature", "--scale", "shapes", "--seeds", "0", "--args="]
+    assert options("ablate-temperature") == default
+    given = ["SCALE=cpu", "SEEDS=0 1", "DATA=my images", "EPOCHS=2", "ARGS=--width 4 --lr 1"]
+    expected = "stage --scale cpu --seeds 0 1 --data".split() + ["my images", "--epochs", "2"]
+    assert options("ablate-stage", *given) == [*expected, "--args=--width 4 --lr 1"]
+
+
+def test_a_recipe_brings_its_own_epochs_and_has_its_own_folder(make):
+    first = planned(make("-n", "cifar-moco", "RECIPE=v2"))[0]
+    assert "--epochs" not in first and "--recipe v2" in first
+    assert "--out runs/cifar-moco-v2-seed0 " in first
+    assert folder_of(make, "RECIPE=v2") not in (folder_of(make), folder_of(make, "NAME=v2"))
 
 
 # demo and figures
