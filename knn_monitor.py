@@ -76,60 +76,23 @@ class Config:
 RECIPES = {}  # none
 
 
-# %% The encoder, as a checkpoint holds it
-def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
-    """torchvision's ResNet without fc: (N, 3, H, W) -> (N, encoder.dim), with the stem for small
-    images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
-    """
-    kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
-    with torch.device("meta"):  # costs nothing: every layer with weights is replaced
-        net = kind(norm_layer=norm_layer)
-    block, net.inplanes = type(net.layer1[0]), width
-    net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
-    net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
-    depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
-    for i, depth in enumerate(depths):
-        stage = net._make_layer(block, width * 2**i, depth, stride=1 if i == 0 else 2)
-        setattr(net, f"layer{i + 1}", stage)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    net.dim = net.inplanes
-    return net
-
-
-def load_head(state):
-    """Rebuild the head from its weights {"0.weight": ..., ...}: (N, dim) -> (N, C)"""
-    layers = []
-    for i in range(1 + max(int(name.split(".")[0]) for name in state)):
-        weight, mean = state.get(f"{i}.weight"), state.get(f"{i}.running_mean")
-        if mean is not None:
-            layers.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
-        elif weight is not None:
-            layers.append(nn.Linear(*weight.T.shape, bias=f"{i}.bias" in state))
-        else:
-            layers.append(nn.ReLU())  # it has no weights
-    head = nn.Sequential(*layers)
-    head.load_state_dict(state)
-    return head
-
-
+# %% Features
 def build_model(path, checkpoint, config):
-    """What turns images into features (N, D): the encoder, the head behind it too, or no network"""
+    """What turns images into features: the encoder, with the head behind it if asked for."""
     if config.baseline == "pixels":
         return nn.Flatten()
     if config.features == "head" and not checkpoint.get("head"):
         raise UserError(f"{path}: it has no head; --features head needs a pretraining checkpoint")
     torch.manual_seed(config.seed)
-    model = encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
+    arch, width = checkpoint["arch"], checkpoint["width"]
+    model = encoder = build_encoder(arch, width)
     try:
         if config.baseline == "none":
             encoder.load_state_dict(checkpoint["encoder"])
         if config.features == "head":
             model = nn.Sequential(encoder, load_head(checkpoint["head"]))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
-        raise DamagedCheckpoint(f"{path}: its weights do not fit a {shape}") from None
+        raise DamagedCheckpoint(f"{path}: not the weights of a {arch} of width {width}") from None
     return model.eval()  # batch norm uses the statistics of training, and leaves them alone
 
 
@@ -168,10 +131,10 @@ def find_neighbours(h, bank, data, rows=6, k=5):
     chosen = choose_images(data.y_test, rows)
     cosines = F.normalize(h[chosen], dim=1) @ F.normalize(bank, dim=1).T  # (rows, M)
     cosines, nearest = (x.cpu() for x in cosines.topk(min(k, len(bank)), dim=1))  # (rows, k)
-    images, labels = data.x_train[nearest].permute(0, 1, 3, 4, 2), data.y_train[nearest]
-    test_images, test_labels = data.x_test[chosen].permute(0, 2, 3, 1), data.y_test[chosen]
-    found = dict(images=images, labels=labels, cosines=cosines, bank=len(bank))
-    return dict(test_images=test_images, test_labels=test_labels) | found
+    images = {"test_images": data.x_test[chosen], "images": data.x_train[nearest]}
+    images = {name: x.movedim(-3, -1) for name, x in images.items()}  # (..., S, S, 3)
+    labels = dict(test_labels=data.y_test[chosen], labels=data.y_train[nearest])
+    return images | labels | dict(cosines=cosines, bank=len(bank))
 
 
 def pca(features):
@@ -194,7 +157,7 @@ def draw_map(h, labels, n=2000):
 def measure_knn(path, checkpoint, config):
     """Measure a checkpoint, read from path -> a row of the table, {file name: arrays to write}"""
     start, data = time.monotonic(), find_data(path, checkpoint, config)
-    about, y_bank, y, trained = data.about, data.y_train, data.y_test, config.baseline == "none"
+    about, y_bank, y = data.about, data.y_train, data.y_test
     if not 1 <= config.k <= len(y_bank):
         raise UserError(f"--k {config.k}: must be from 1 to {len(y_bank)}, the images in the bank")
     if len(y_bank.unique()) < 2:
@@ -208,22 +171,22 @@ def measure_knn(path, checkpoint, config):
     scores = torch.cat([knn_predict(part, *vote) for part in h.split(1000)])  # (N, M) is too large
     correct = int((scores.argmax(1).cpu() == y).sum())
 
-    features = "pixels" if config.baseline == "pixels" else config.features
-    what = dict(what=config.baseline, checkpoint=path and str(path), epoch=0)
-    if trained:
-        what |= dict(what=checkpoint["method"], epoch=checkpoint["epoch"])
-    seed = checkpoint["machine"]["seed"] if trained else config.seed
-    row = what | dict(features=features, k=config.k, temperature=config.temperature)
-    row |= dict(top1=correct / len(y), correct=correct, n_test=len(y), n_train=len(bank))
-    row |= dict(data=config.data or checkpoint["data"]["name"], data_sha256=about["sha256"])
-    row |= dict(evaluated_on="holdout" if about["holdout"] else "test")
-    row |= dict(seconds=time.monotonic() - start, machine=describe_machine(device, dtype, seed))
-    row |= dict(seed=seed)
-    if features != "backbone":
-        return row, {}
-    if not trained:
-        return row, {"map-random.npz": draw_map(h, y)}
-    return row, {"map.npz": draw_map(h, y), "neighbours.npz": find_neighbours(h, bank, data)}
+    what, epoch, seed = config.baseline, 0, config.seed
+    if what == "none":
+        what, epoch = checkpoint["method"], checkpoint["epoch"]
+        seed = checkpoint["machine"]["seed"]
+    features = "pixels" if what == "pixels" else config.features
+    row = dict(what=what, checkpoint=path and str(path), epoch=epoch, features=features)
+    row |= dict(k=config.k, temperature=config.temperature, top1=correct / len(y), correct=correct)
+    row |= dict(n_test=len(y), n_train=len(bank), data=config.data or checkpoint["data"]["name"])
+    row |= dict(evaluated_on="holdout" if about["holdout"] else "test", data_sha256=about["sha256"])
+    row |= dict(machine=describe_machine(device, dtype, seed), seed=seed)
+    files = {}
+    if what == "random":
+        files = {"map-random.npz": draw_map(h, y)}
+    elif features == "backbone":
+        files = {"map.npz": draw_map(h, y), "neighbours.npz": find_neighbours(h, bank, data)}
+    return row | dict(seconds=time.monotonic() - start), files
 
 
 def watch(folder, config):
@@ -280,6 +243,44 @@ class UserError(Exception):
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is none, or not whole."""
+
+
+# %% The encoder and the head, as a checkpoint holds them
+def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
+    """torchvision's ResNet without fc: (N, 3, H, W) -> (N, encoder.dim), with the stem for small
+    images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
+    """
+    kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
+    with torch.device("meta"):  # costs nothing: every layer with weights is replaced
+        net = kind(norm_layer=norm_layer)
+    block, net.inplanes = type(net.layer1[0]), width
+    net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
+    net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
+    depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
+    for i, depth in enumerate(depths):
+        stage = net._make_layer(block, width * 2**i, depth, stride=1 if i == 0 else 2)
+        setattr(net, f"layer{i + 1}", stage)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    net.dim = net.inplanes
+    return net
+
+
+def load_head(state):
+    """Rebuild the head from its weights {"0.weight": ..., ...}: (N, dim) -> (N, C)"""
+    layers = []
+    for i in range(1 + max(int(name.split(".")[0]) for name in state)):
+        weight, mean = state.get(f"{i}.weight"), state.get(f"{i}.running_mean")
+        if mean is not None:
+            layers.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
+        elif weight is not None:
+            layers.append(nn.Linear(*weight.T.shape, bias=f"{i}.bias" in state))
+        else:
+            layers.append(nn.ReLU())  # it has no weights
+    head = nn.Sequential(*layers)
+    head.load_state_dict(state)
+    return head
 
 
 # %% Data
@@ -366,14 +367,15 @@ def stratified(labels, n, flag):
 def find_data(path, checkpoint, config):
     """The images that a checkpoint was trained on, or those that the flags name instead."""
     flags = {k: v for k in ("data_dir", "limit", "holdout") if (v := getattr(config, k))}
-    settings = SimpleNamespace(**checkpoint["config"] | checkpoint["data"] | flags)
+    settings = checkpoint["config"] | checkpoint["data"] | flags
+    source = config.data or settings.get("file", settings["name"])
     try:
-        return load_data(config.data or getattr(settings, "file", settings.name), settings)
+        return load_data(source, SimpleNamespace(**settings))
     except UserError as error:
-        if not path or config.data or config.limit or config.holdout:
-            raise
-        where = f"pass --data FILE.npz (that of a folder is in {settings.data_dir}/)"
-        raise UserError(f"{error}; {path} names it: if it has moved, {where}") from None
+        if path and not (config.data or config.limit or config.holdout):
+            where = f"--data FILE.npz (a folder is cached in {settings['data_dir']}/)"
+            error.args = (f"{error}; {path} names it: if it has moved, pass {where}",)
+        raise
 
 
 # %% Checkpoints
@@ -441,7 +443,7 @@ def table_row(row):
 
 
 def result_folder(path, config):
-    """Where the results of a checkpoint go, if anywhere: a folder that can be written to."""
+    """The folder for the results of a checkpoint, if any: it is there and can be written to."""
     folder = Path(config.out) if config.out else path and path.parent
     try:
         if folder:
