@@ -81,18 +81,16 @@ def build_model(path, checkpoint, config):
     """What turns images into features: the encoder, with the head behind it if asked for."""
     if config.baseline == "pixels":
         return nn.Flatten()
-    if config.features == "head" and not checkpoint.get("head"):
-        raise UserError(f"{path}: it has no head; --features head needs a pretraining checkpoint")
     torch.manual_seed(config.seed)
-    arch, width = checkpoint["arch"], checkpoint["width"]
-    model = encoder = build_encoder(arch, width)
+    model = encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
     try:
         if config.baseline == "none":
             encoder.load_state_dict(checkpoint["encoder"])
         if config.features == "head":
             model = nn.Sequential(encoder, load_head(checkpoint["head"]))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        raise DamagedCheckpoint(f"{path}: not the weights of a {arch} of width {width}") from None
+        shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
+        raise UserError(f"{path}: no {config.features} of a {shape} in it") from None
     return model.eval()  # batch norm uses the statistics of training, and leaves them alone
 
 
@@ -137,20 +135,16 @@ def find_neighbours(h, bank, data, rows=6, k=5):
     return images | labels | dict(cosines=cosines, bank=len(bank))
 
 
-def pca(features):
-    """Rows (N, D) along their two directions of largest variance -> (N, 2), shares of it (2,)"""
-    centred = features.cpu().double() - features.cpu().double().mean(0)
-    variances, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
+def draw_map(h, labels, n=2000):
+    """Test images as points in the plane of largest variance of the features (PCA)."""
+    chosen = choose_images(labels, n)
+    x = F.normalize(h[chosen].cpu().double(), dim=1)
+    x = x - x.mean(0)
+    variances, directions = torch.linalg.eigh(x.T @ x)  # ascending
     two = directions[:, -2:].flip(1)  # (D, 2)
     two = two * two.gather(0, two.abs().argmax(0, keepdim=True)).sign()  # or the sign is arbitrary
-    return centred @ two, variances[-2:].flip(0) / variances.sum().clamp(min=1e-12)
-
-
-def draw_map(h, labels, n=2000):
-    """Features of test images as points in the plane: similar ones tend to be close together."""
-    chosen = choose_images(labels, n)
-    points, shares = pca(F.normalize(h[chosen], dim=1))
-    return dict(points=points.float(), labels=labels[chosen], shares=shares.float())
+    shares = variances[-2:].flip(0) / variances.sum().clamp(min=1e-12)
+    return dict(points=(x @ two).float(), labels=labels[chosen], shares=shares.float())
 
 
 # %% One measurement, and many while a run is under way
@@ -366,13 +360,13 @@ def stratified(labels, n, flag):
 
 def find_data(path, checkpoint, config):
     """The images that a checkpoint was trained on, or those that the flags name instead."""
-    flags = {k: v for k in ("data_dir", "limit", "holdout") if (v := getattr(config, k))}
+    flags = {k: v for k in "data data_dir limit holdout".split() if (v := getattr(config, k))}
     settings = checkpoint["config"] | checkpoint["data"] | flags
     source = config.data or settings.get("file", settings["name"])
     try:
         return load_data(source, SimpleNamespace(**settings))
     except UserError as error:
-        if path and not (config.data or config.limit or config.holdout):
+        if path and flags.keys() <= {"data_dir"}:
             where = f"--data FILE.npz (a folder is cached in {settings['data_dir']}/)"
             error.args = (f"{error}; {path} names it: if it has moved, pass {where}",)
         raise
@@ -430,28 +424,12 @@ def find_checkpoint(path):
 
 
 # %% Results
-COLUMNS = "{:<10} {:>5}  {:<8}  {:>4}  {:>7}  {:>14} {:<8} {:>6}  {:<10}  {}"
-HEADER = "method epoch features k top-1 correct images bank data checkpoint"
+HEADER = (
+    "method     epoch  features     k    top-1         correct images     bank  data, checkpoint"
+)
+LINE = "{what:<10} {epoch:>5}  {features:<8}  {k:>4}  {top1:>7.2%}  {correct:>6} of {n_test}"
+LINE += " {evaluated_on:<7} {n_train:>7}  {data}  {checkpoint}"
 SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
-
-
-def table_row(row):
-    """A measurement as a line of the table."""
-    result = f"{row['top1']:.2%}", f"{row['correct']} of {row['n_test']}", row["evaluated_on"]
-    where = row["n_train"], Path(row["data"]).name, row["checkpoint"] or "-"
-    return COLUMNS.format(row["what"], row["epoch"], row["features"], row["k"], *result, *where)
-
-
-def result_folder(path, config):
-    """The folder for the results of a checkpoint, if any: it is there and can be written to."""
-    folder = Path(config.out) if config.out else path and path.parent
-    try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{error}: name another folder with --out") from None
-    return folder
 
 
 def record(path, row):
@@ -632,36 +610,35 @@ def find_states(config):
 
 def main(argv=None):
     """Measure what the command line asks for -> exit code"""
-    header, folders = COLUMNS.format(*HEADER.split()) + "\n", []
+    folders = []
     try:
         config = parse_config(argv)
         for path, checkpoint in find_states(config):
-            folder = result_folder(path, config)
+            if folder := Path(config.out) if config.out else path and path.parent:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()  # fails now, not after the work
             row, arrays = measure_knn(path, checkpoint, config)
-            print(header + table_row(row), flush=True)
-            header = ""
+            print(*[] if folders else [HEADER], LINE.format(**row), sep="\n", flush=True)
+            folders.append(str(folder))
             for name in arrays if folder else ():
                 if config.out or not path.name.startswith("epoch"):  # figures show the newest state
                     np.savez(buffer := io.BytesIO(), epoch=row["epoch"], **arrays[name])
                     write_atomic(folder / name, buffer.getbuffer())
             if folder:
                 record(folder / "knn.jsonl", row)
-                folders.append(str(folder))
         if config.baseline == "none" and not config.out:
             print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+        message, code = error, error.code
     except torch.OutOfMemoryError:
-        print("error: out of memory: lower --limit, or use --device cpu", file=sys.stderr)
-        return 2
+        message, code = "out of memory: lower --limit, or use --device cpu", 2
     except OSError as error:
-        print(f"error: the results cannot be written: {error}", file=sys.stderr)
-        return 4
+        message, code = f"{error}: name another folder with --out", 4 if folders else 2
     except KeyboardInterrupt:
-        print("error: interrupted; finished results are in knn.jsonl", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "interrupted; finished results are in knn.jsonl", 130
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
