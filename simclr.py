@@ -1,29 +1,31 @@
 """SimCLR on CIFAR-10: two views of an image agree, and differ from all others in the batch.
 
 Two random views of each of N images pass one encoder and a small head, the *projector*: 2N vectors
-of length 1. For every view the loss asks which of the other 2N - 1 is the second view of its image.
-There is no queue and no second encoder: the negatives are the batch itself, hence "the biggest
-batch size we can fit". After pretraining the projector is discarded.
+of length 1. For every view, the loss (NT-Xent: a cross-entropy of cosines, divided by a temperature
+T) asks which of the other 2N - 1 is the second view of its image. There is no queue and no second
+encoder: the negatives are the rest of the batch, so it should be large. After pretraining the
+projector is thrown away.
 
     image --augment--> view_1 --encoder--> h_1 --projector--> z_1 --.   of z_i . z_j / T over all j
-       |                                    |                       +-> but i itself, the greatest
+       |                                    |                       +-> but i itself, the largest
        `----augment--> view_2 --encoder--> h_2 --projector--> z_2 --'   should be i's other view
                                             `-- what is used afterwards
 
 What differs from the paper (SimCLR, arXiv:2002.05709):
- 1. The stem is made for 32x32 (its appendix B.9), and blur is left out, as there.
- 2. The loss is the mean over the 2N views: chance is ln(2N - 1), 6.93 at batch 512. It cannot fall
-    to 0: cosines end at 1, so at T = 0.5 and batch 512 about ln(1 + 1022 / e^2) = 4.9 is the end.
- 3. Grayscale has probability 0.1, not 0.2 (found better on CIFAR-10 by others).
- 4. With several processes each has batch norm of its own, through which an image's two views could
+ 1. The stem fits 32x32 images (its appendix B.9), and there is no blur, as there.
+ 2. The loss is the mean over the 2N views: guessing gives ln(2N - 1), 6.93 at batch 512. It can't
+ 2. The loss is the mean over the 2N views: guessing gives ln(2N - 1), 6.93 at batch 512. Its floor
+    is not 0: cosines end at 1, so at T = 0.5 and batch 512 it is about ln(1 + 1022 / e^2) = 4.9.
+ 4. With several processes each has its own batch norm, through which an image's two views could
     know each other; the paper normalises over all devices (sec. 2.2).
+ 5. Jitter changes brightness, contrast, saturation, hue in this order; the paper's is random.
 
     python simclr.py                               # CIFAR-10, ResNet-18, 200 epochs (recipe cifar)
     python simclr.py --recipe report               # the course report: ResNet-50, 50 epochs
     python simclr.py --augment crop,flip           # a composition of augmentations (sec. 3.1)
 
-The same command goes on after an interruption. In a notebook, paste this file into one cell and
-edit Config. Then linear_eval.py says what the features are worth.
+The same command resumes an interrupted run. In a notebook, paste this file into one cell and edit
+Config. Next, linear_eval.py measures how good the features are.
 """
 
 # %%
@@ -33,27 +35,27 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 METHOD = "simclr"
 
 
-# %% Config: a flag --like-this is made from each field, and its comment is the help
+# %% Config: each field becomes a flag --like-this, and its comment the flag's help
 @dataclasses.dataclass
 class Config:
     # -- data
     data: str = "cifar10"  # or cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
-    data_dir: str = "data"  # where downloads and caches are kept
+    data_dir: str = "data"  # folder for downloads and caches
     image_size: int = 32  # pixels; images of another size are resized
-    limit: int = 0  # train on so many images, equally many of each class; 0: all
-    holdout: int = 0  # keep so many training images back and evaluate on them, not on the test set
-    mean: tuple = (0.4914, 0.4822, 0.4465)  # of the pixels of each channel in [0, 1]: CIFAR-10's
-    std: tuple = (0.2470, 0.2435, 0.2616)  # likewise
+    limit: int = 0  # train on this many images, equally many per class; 0: all
+    holdout: int = 0  # hold out this many training images and evaluate on them, not the test set
+    mean: tuple = (0.4914, 0.4822, 0.4465)  # per-channel mean of the pixels in [0, 1]: CIFAR-10's
+    std: tuple = (0.2470, 0.2435, 0.2616)  # per-channel standard deviation
     # -- augmentation
-    augment: str = "crop,flip,color,gray,blur"  # those to use, each as set below; "": none
-    crop_scale: tuple = (0.2, 1.0)  # share of the image's area that a random crop keeps
-    flip: float = 0.5  # probability of a mirrored view
+    augment: str = "crop,flip,color,gray,blur"  # the ones to use, with the settings below
+    crop_scale: tuple = (0.2, 1.0)  # range of a random crop's area, as a share of the image's
+    flip: float = 0.5  # probability of a horizontal flip
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # strength in brightness, contrast, saturation, hue
     gray: float = 0.1  # probability of a grayscale view
     blur: float = 0.0  # probability of a Gaussian blur
@@ -67,32 +69,34 @@ class Config:
     temperature: float = 0.5  # of the softmax (Eq. 1)
     # -- optimisation
     epochs: int = 200  # passes over the training images
-    batch_size: int = 512  # N, images a step, on all devices; 0 or auto: what memory allows
-    optimizer: Literal["sgd", "adam", "lars"] = "sgd"  # LARS: steps in proportion to the weights
-    lr: float = 0.06  # learning rate, 0.03 for every 256 images of the batch
+    batch_size: int = 512  # N, images per step over all devices
+    optimizer: Literal["sgd", "adam", "lars"] = (
+        "sgd"  # LARS: step size in proportion to the weights
+    )
+    lr: float = 0.06  # peak learning rate, 0.03 for every 256 images of the batch
     sgd_momentum: float = 0.9  # of SGD and LARS
     weight_decay: float = 5e-4  # on all parameters; LARS leaves out biases and batch norm
-    warmup_epochs: float = 0.0  # in which the rate rises in a line
-    warmup_start: float = 0.0  # share of the rate that it rises from
+    warmup_epochs: float = 0.0  # linear warm-up, in epochs
+    warmup_start: float = 0.0  # learning rate at its start, as a share of the peak
     schedule: Literal["cosine", "constant"] = "cosine"  # after that
     # -- run
     out: str = "runs/simclr"  # the run's folder
-    seed: int = 0  # of everything random
+    seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: what the device is good at
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
     knn_k: int = 200  # neighbours that vote
-    keep_every: int = 0  # keep a checkpoint every so many epochs; 0: only the last
-    save_seconds: float = 60.0  # what an interruption can cost at most
-    compile: bool = False  # torch.compile, for a GPU: a CPU gains nothing (docs/race.md)
+    keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
+    save_seconds: float = 60.0  # seconds between saves: the most a crash can lose
+    compile: bool = False  # use torch.compile; meant for GPUs (docs/race.md)
     restart: bool = False  # start over in a folder that holds a run
 
 
 VIEWS = dict(crop_scale=(0.08, 1.0), gray=0.2)
 RECIPES = {
-    "cifar": {},  # the defaults: the best published settings for CIFAR-10 at this size
+    "cifar": {},  # the defaults: those of github.com/dkobak/simclr-cifar10, for CIFAR-10
     # the course report; "the biggest batch size we can fit" was about 200 there
-    "report": dict(arch="resnet50", head="linear", dim=1024, epochs=50, batch_size=0)
+    "report": dict(arch="resnet50", head="linear", dim=1024, epochs=50, batch_size=200)
     | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant")
     | VIEWS,
     # the paper's optimizer and rate, 0.3 for every 256 images (sec. 2.3), and views (appendix B.9)
@@ -100,89 +104,66 @@ RECIPES = {
 }
 
 
-# %% Augmentation: what the network is told to ignore
-def sample_crops(n, size, scale, device="cpu"):
-    """Random crops as torchvision's RandomResizedCrop draws them: area uniform in scale, log aspect
-    ratio uniform, the first of ten tries that fits, else everything. -> top, left, height, width
-    """
-    area = size**2 * torch.empty(n, 10, device=device).uniform_(*scale)
-    ratio = torch.empty(n, 10, device=device).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, n, 10)
-    fits = ((sides > 0) & (sides <= size)).all(0)  # (n, 10)
-    first = fits.int().argmax(1).expand(2, n)[..., None]
-    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)
-    top, left = (torch.rand(2, n, device=device) * (size + 1 - sides)).floor()
-    return top, left, height, width  # (n,) each, pixels
-
-
+# %% Augmentation: what the features should ignore
 def augment(images, recipe):
     """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised.
 
-    recipe: a Config. Every image draws its own crop, flip, jitter...; the operations stand below.
+    recipe: a Config. Each operation draws new random numbers for every image (see the plumbing).
     """
-    n, size, device = len(images), images.shape[-1], images.device
-
-    def chance(p):
-        return torch.rand(n, 1, 1, device=device) < p
-
-    top, left, height, width = sample_crops(n, size, recipe.crop_scale, device)
-    flip, never = chance(recipe.flip)[:, 0, 0], chance(0)[:, 0, 0]
-    rows, columns = interpolation(top, height, size, never), interpolation(left, width, size, flip)
-    x = separable(images / 255, rows, columns)
-
-    # nothing here looks at a value or copies from the host, so that a GPU never has to wait
-    change = [torch.empty(n, device=device).uniform_(-most, most) for most in recipe.jitter]
-    change = torch.stack(change, dim=1) * chance(0.8)[:, 0]  # (N, 4)
-    change[:, :3] += 1  # factors of brightness, contrast, saturation; the hue is a shift
-    order = torch.rand(n, 3, device=device).argsort(1)
-    parts = torch.randperm(n, device=device).tensor_split(4)
-    hue_turns = [parts[i] for i in torch.randperm(4)]
-    x = color_jitter(x, change, order, hue_turns)
-    x = torch.where(chance(recipe.gray)[..., None], grayscale(x), x)
-    if recipe.blur:
-        blur = gaussian(torch.empty(n, device=device).uniform_(0.1, 2.0), size)  # (N, H, H)
-        blur = torch.where(chance(recipe.blur), blur, torch.eye(size, device=device))
-        x = separable(x, blur, blur)
+    x = random_resized_crop(images / 255, recipe.crop_scale)
+    x = sometimes(recipe.flip, horizontal_flip, x)
+    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)
+    x = sometimes(recipe.gray, grayscale, x)
+    x = sometimes(recipe.blur, gaussian_blur, x)
     return normalise(x, recipe)
 
 
 def composition(config):
-    """The settings without the augmentations that --augment does not name. Both views go without
-    them (in the paper's Figure 5 one view is only cropped, and the other augmented).
+    """The settings without the augmentations that --augment does not name, for both views (in the
+    paper's Figure 5, one view is only cropped).
     """
     off = dict(crop=("crop_scale", (1.0, 1.0)), flip=("flip", 0.0), color=("jitter", (0.0,) * 4))
     off |= dict(gray=("gray", 0.0), blur=("blur", 0.0))
     named = set(filter(None, config.augment.split(",")))
     if unknown := named - off.keys():
-        raise Halt(f"--augment {', '.join(sorted(unknown))}: takes {','.join(off)}")
+        raise UserError(f"--augment {', '.join(sorted(unknown))}: takes {','.join(off)}")
     return dataclasses.replace(config, **dict(off[name] for name in off.keys() - named))
+
+
+check_method = composition  # UserError if it doesn't know a name
 
 
 # %% Model
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
-    """torchvision's ResNet without fc: (N, 3, H, W) -> (N, encoder.dim), with the stem for small
-    images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
+    """A ResNet for small images (SimCLR, appendix B.9): (N, 3, H, W) -> features (N, encoder.dim).
+    Layers have torchvision's names; width: channels of the first stage, doubled in each further.
     """
-    kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
-    with torch.device("meta"):  # costs nothing: every layer with weights is replaced
-        net = kind(norm_layer=norm_layer)
-    block, net.inplanes = type(net.layer1[0]), width
-    net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
-    net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
+    block = Bottleneck if arch == "resnet50" else BasicBlock
+    net = nn.Sequential()  # runs its layers in the order in which they are assigned
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
+    net.bn1, net.relu = norm_layer(width), nn.ReLU(inplace=True)
+    channels = width
     for i, depth in enumerate(depths):
-        stage = net._make_layer(block, width * 2**i, depth, stride=1 if i == 0 else 2)
+        stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
+        for _ in range(depth):
+            out, shortcut = planes * block.expansion, None
+            if stride != 1 or channels != out:
+                conv = nn.Conv2d(channels, out, 1, stride, bias=False)
+                shortcut = nn.Sequential(conv, norm_layer(out))
+            stage.append(block(channels, planes, stride, shortcut, norm_layer=norm_layer))
+            channels, stride = out, 1
         setattr(net, f"layer{i + 1}", stage)
+    net.avgpool, net.flatten, net.dim = nn.AdaptiveAvgPool2d(1), nn.Flatten(), channels
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    net.dim = net.inplanes
     return net
 
 
 def build_projector(dim, config):
-    """The head that the loss sees: (N, dim) -> (N, config.dim). What it throws away to please the
-    loss, colours for one, the representation before it may keep (sec. 4.2).
+    """The head that the loss sees: (N, dim) -> (N, config.dim). It may throw away what the loss
+    doesn't need, such as colour; the representation before it keeps that (sec. 4.2).
     """
     if config.head == "linear":
         return nn.Sequential(nn.Linear(dim, config.dim))
@@ -202,11 +183,6 @@ def nt_xent(z1, z2, temperature):
         return F.cross_entropy(logits, partner)
 
 
-def unit(x):
-    """Rows of length 1, (N, C), in float32 if they come in less"""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-
-
 # %% Training
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, its steps in proportion to the weights (You et al., arXiv:1708.03888):
@@ -214,7 +190,8 @@ class LARS(torch.optim.Optimizer):
         v <- momentum v + lr r (grad + decay w),   r = trust |w| / (|grad| + decay |w|)
         w <- w - v
 
-    Vectors (biases, batch norm) have r = 1 and no decay; r is 1 too where w or grad is 0.
+    Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
+    The torch._foreach_ functions treat all tensors of a list in one call, which is fast on a GPU.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -224,18 +201,25 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                grad, decay = w.grad, group["weight_decay"]
-                if w.ndim > 1:
-                    w_norm, grad_norm = w.norm(), grad.norm()
-                    ratio = group["trust"] * w_norm / (grad_norm + decay * w_norm)
-                    ratio = torch.where((w_norm > 0) & (grad_norm > 0), ratio, 1.0)
-                    grad = ratio * (grad + decay * w)
-                v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
-                v.mul_(group["momentum"]).add_(grad, alpha=group["lr"])
-                w.sub_(v)
+            learned = [w for w in group["params"] if w.grad is not None]
+            matrices = [w for w in learned if w.ndim > 1]
+            vectors = [w for w in learned if w.ndim <= 1]
+            steps = [w.grad for w in vectors]
+            if matrices:
+                grads, decay = [w.grad for w in matrices], group["weight_decay"]
+                w_norm, grad_norm = (torch.stack(torch._foreach_norm(x)) for x in (matrices, grads))
+                ratio = group["trust"] * w_norm / (grad_norm + decay * w_norm)  # one per matrix
+                ratio = torch.where((w_norm > 0) & (grad_norm > 0), ratio, 1.0)
+                grads = torch._foreach_add(grads, matrices, alpha=decay)
+                steps = [*torch._foreach_mul(grads, ratio.unbind()), *steps]
+            if learned:
+                for w in learned:
+                    if not self.state[w]:
+                        self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                v = [self.state[w]["momentum_buffer"] for w in matrices + vectors]
+                torch._foreach_mul_(v, group["momentum"])
+                torch._foreach_add_(v, steps, alpha=group["lr"])
+                torch._foreach_sub_(matrices + vectors, v)
 
 
 def build_optimizer(config, parameters):
@@ -243,13 +227,12 @@ def build_optimizer(config, parameters):
     if config.optimizer == "lars":
         return LARS(parameters, config.lr, momentum, decay)
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, config.lr, weight_decay=decay, foreach=True)
-    sgd = dict(momentum=momentum, weight_decay=decay, foreach=True)
-    return torch.optim.SGD(parameters, config.lr, **sgd)
+        return torch.optim.Adam(parameters, config.lr, weight_decay=decay, fused=True)
+    return torch.optim.SGD(parameters, config.lr, momentum, weight_decay=decay, fused=True)
 
 
 def warmup_cosine(config, epoch):
-    """The rate at a time, in epochs from 0 on: a line up, then half a cosine down (or no change)"""
+    """The learning rate at a time in epochs: linear warm-up, then half a cosine (or constant)"""
     if epoch < config.warmup_epochs:
         start = config.warmup_start
         return config.lr * (start + (1 - start) * epoch / config.warmup_epochs)
@@ -260,26 +243,29 @@ def warmup_cosine(config, epoch):
 
 
 def train(config, run):
-    """Algorithm 1. `run` brings images, goes on after a crash, measures, logs and saves."""
-    recipe = composition(config)
+    """Algorithm 1. `run` (plumbing, below) brings images, resumes, measures, logs and saves."""
+    run.recipe = composition(config)
     encoder = build_encoder(config.arch, config.width)
     model = nn.Sequential(encoder, build_projector(encoder.dim, config))
-    optimizer = build_optimizer(config, model.parameters())
-    run.resume(model, model, optimizer)
+    optimizer = run.start(model, model, build_optimizer(config, model.parameters()))
+    view = run.compiled(augment)  # augment itself, unless --compile
     for _, images in run.batches():  # images (N, 3, H, W) uint8, on the device
         optimizer.param_groups[0]["lr"] = warmup_cosine(config, run.step / run.steps)
-        view_1, view_2 = augment(images, recipe), augment(images, recipe)
-        with run.autocast():
-            z = model(torch.cat([shard(view_1), shard(view_2)]))  # one pass, as a batch of 2N
-        z1, z2 = z.chunk(2)  # (N, C) each
-        run.descend(nt_xent(gather(z1), gather(z2), config.temperature))
+        view_1, view_2 = view(images, run.recipe), view(images, run.recipe)
+        with run.autocast():  # bf16 or fp16 where that is fast
+            z = model(torch.cat([view_1, view_2]))  # one pass, as a batch of 2N
+        z1, z2 = map(gather, z.chunk(2))  # (N, C) each, of all processes if there are several
+        loss = nt_xent(z1, z2, config.temperature)
+        loss = run.record(loss)  # for the log; fp16 also scales it, or small gradients would vanish
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import inspect
 import io
@@ -287,116 +273,120 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import typing
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch.distributed as dist
+import torchvision
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
-KEYS = set("method epoch epochs config data arch width dim encoder".split())
-HARMLESS = (
-    "out data data_dir device knn_every knn_k keep_every save_seconds compile restart".split()
-)
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
-class Halt(Exception):
-    """Ends the script: one line on standard error, and the exit code (2: the user can mend it)."""
+class UserError(Exception):
+    """Ends the script with one line on standard error and an exit code (2: the user can fix it)."""
 
     def __init__(self, message, code=2):
         super().__init__(" ".join(str(message).split()))
         self.code = code
 
 
-class Damaged(Halt):
-    """A checkpoint that is none, or not whole."""
-
-
-# %% Image operations: whole batches, each image with parameters of its own
-def interpolation(start, length, size, flip):
-    """Bilinear resizing of the pixels start...start + length to size pixels, mirrored where flip:
-    (N,) each -> matrix (N, size, size). Clamped to the crop, or what lies outside bleeds in.
+# %% Image operations: batches (N, C, H, W) in [0, 1], random numbers for each image
+def uniform(low, high, x, *shape):
+    """Random numbers for each image of x, (N, *shape), drawn for the images of all processes: the
+    views don't depend on their number.
     """
+    n = len(x) * process_count()
+    return shard(torch.empty(n, *shape, device=x.device).uniform_(low, high))
+
+
+def sometimes(p, change, x):
+    """Change each image with probability p."""
+    return torch.where(uniform(0, 1, x, 1, 1, 1) < p, change(x), x) if p else x
+
+
+def random_resized_crop(x, scale):
+    """torchvision's RandomResizedCrop: a random part of each image, resized to the whole. Its area
+    is uniform in scale, its log aspect ratio too; of ten tries the first that fits, or everything.
+    """
+    size = x.shape[-1]
+    area = size**2 * uniform(*sorted(scale), x, 10)  # (N, 10)
+    ratio = uniform(math.log(3 / 4), math.log(4 / 3), x, 10).exp()
+    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, N, 10)
+    fits = ((sides > 0) & (sides <= size)).all(0)  # (N, 10)
+    first = fits.int().argmax(1).expand(2, len(x))[..., None]
+    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)  # (N,)
+    top, left = (uniform(0, 1, x, 2).T * (size + 1 - sides)).floor()
+    return separable(x, interpolation(top, height, size), interpolation(left, width, size))
+
+
+def interpolation(start, length, size):
+    """Matrices (N, size, size) that resize pixels start...start + length to size, bilinearly"""
     pixel = torch.arange(size, device=start.device)
-    target = torch.where(flip[:, None], size - 1 - pixel, pixel)
-    position = ((target + 0.5) * length[:, None] / size - 0.5).clamp(min=0)
+    position = ((pixel + 0.5) * length[:, None] / size - 0.5).clamp(min=0)
     position = start[:, None] + torch.minimum(position, length[:, None] - 1)
     return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)
 
 
-def gaussian(sigma, size):
-    """Gaussian blur, borders reflected, cut at 6 pixels: (N,) -> matrix (N, size, size)"""
-    radius = min(6, size - 1)
-    pixel = torch.arange(size, device=sigma.device)
-    source = torch.arange(-radius, size + radius, device=sigma.device)  # with a border
-    distance = (source - pixel[:, None]).to(sigma.dtype)
-    weight = (-0.5 * (distance / sigma[:, None, None]) ** 2).exp() * (distance.abs() <= radius)
-    reflected = size - 1 - (size - 1 - source.abs()).abs()
-    inside = (reflected[:, None] == pixel).to(sigma.dtype)
-    return weight @ inside / weight.sum(2, keepdim=True)
-
-
 def separable(x, rows, columns):
-    """rows @ x @ columns.T in each channel: (N, C, H, W), (N, H, H), (N, W, W) -> (N, C, H, W)"""
-    x = x.flatten(1, 2) @ columns.mT  # (N, C*H, W)
-    x = rows @ x.unflatten(1, (-1, rows.shape[1])).transpose(1, 2).flatten(2)  # (N, H, C*W)
+    """rows @ x @ columns.T in each channel: (N, C, h, w), (N, H, h), (N, W, w) -> (N, C, H, W)"""
+    x = x.flatten(1, 2) @ columns.mT  # (N, C*h, W)
+    x = rows @ x.unflatten(1, (-1, rows.shape[2])).transpose(1, 2).flatten(2)  # (N, H, C*W)
     return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
 
 
+def horizontal_flip(x):
+    return x.flip(3)
+
+
 def grayscale(x):
-    """Luma (ITU-R 601): (N, 3, H, W) -> (N, 1, H, W)"""
+    """Luma (ITU-R 601), one channel that stands for all three"""
     return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
+def color_jitter(x, strength):
+    """torchvision's ColorJitter of brightness, contrast, saturation and hue, in this order"""
+    factor = [uniform(max(0, 1 - most), 1 + most, x, 1, 1, 1) for most in strength[:3]]
+    x = (factor[0] * x).clamp(0, 1)
+    x = torch.lerp(grayscale(x).mean((1, 2, 3), keepdim=True), x, factor[1]).clamp(0, 1)
+    x = torch.lerp(grayscale(x), x, factor[2]).clamp(0, 1)
+    return shift_hue(x, uniform(-strength[3], strength[3], x, 1, 1))
+
+
 def shift_hue(x, turns):
-    """Turn the hue: x (N, 3, H, W) in [0, 1], turns (N,). HSV in closed form: each channel is
+    """Turn the hue, turns (N, 1, 1) in [-0.5, 0.5]. HSV in closed form: each channel is
     value - chroma * clamp(min(t, 4 - t), 0, 1), where t = (n + 6 hue) mod 6 and n = 5, 3, 1.
     """
     red, green, blue = x.unbind(1)
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     over = 1 / torch.where(chroma > 0, chroma, 1)
     hue = torch.where(value == green, 2 + (blue - red) * over, 4 + (red - green) * over)
-    hue = torch.where(value == red, (green - blue) * over, hue) + 6 * turns[:, None, None]
+    hue = torch.where(value == red, (green - blue) * over, hue) + 6 * turns
     t = torch.stack([5 + hue, 3 + hue, 1 + hue], dim=1) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(t, 4 - t).clamp(0, 1)
 
 
-def color_jitter(x, factors, order, hue_turns):
-    """Brightness, contrast, saturation and hue in any order, clamped after each; x (N, 3, H, W).
-
-    factors (N, 4): 1, 1, 1, 0 change nothing; order (N, 3): a permutation of the first three;
-    hue_turns: four lists of images, whose hue turns before the 1st, 2nd, 3rd of those, and last.
-    """
-    brightness, contrast, saturation, hue = factors.unbind(1)
-    zero = torch.zeros_like(hue)  # each of the three is  a x + b gray(x) + c mean(gray(x))
-    abc = [
-        [brightness, zero, zero],
-        [contrast, zero, 1 - contrast],
-        [saturation, 1 - saturation, zero],
-    ]
-    abc = torch.stack([torch.stack(row) for row in abc])  # (3 operations, 3 coefficients, N)
-    images = torch.arange(len(x), device=x.device)
-    for i, turn in enumerate(hue_turns):
-        x[turn] = shift_hue(x[turn], hue[turn])
-        if i < 3:
-            a, b, c = abc[order[:, i], :, images].T[..., None, None, None]
-            gray = grayscale(x)
-            rest = b * gray + c * gray.mean((2, 3), keepdim=True)
-            x = torch.addcmul(rest, x, a).clamp_(0, 1)
-    return x
+def gaussian_blur(x):
+    """A Gaussian of 0.1 to 2 pixels, cut off at 6, with reflected borders"""
+    sigma, size, radius = uniform(0.1, 2.0, x, 1, 1), x.shape[-1], min(6, x.shape[-1] - 1)
+    source = torch.arange(-radius, size + radius, device=x.device)
+    distance = source - torch.arange(size, device=x.device)[:, None]  # (size, size + 2 radius)
+    weight = (-0.5 * (distance / sigma) ** 2).exp() * (distance.abs() <= radius)
+    weight = weight / weight.sum(2, keepdim=True)  # (N, size, size + 2 radius)
+    return separable(F.pad(x, [radius] * 4, mode="reflect"), weight, weight)
 
 
 def normalise(x, config):
-    """Pixels (N, 3, H, W) in [0, 1] -> mean 0 and deviation 1, channels_last"""
+    """Pixels in [0, 1] -> mean 0 and standard deviation 1, channels_last"""
     channels = zip(x.unbind(1), config.mean, config.std)
     return torch.stack([(c - mean) / std for c, mean, std in channels], dim=3).permute(0, 3, 1, 2)
 
@@ -405,140 +395,111 @@ def normalise(x, config):
 BUILTIN = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
 
 
-def load_data(config):
-    """-> x_train (N, 3, S, S) uint8, y_train (N,), x_test, y_test (the images held out, if any are)
-    and about: what a checkpoint says of its data. Halt if --data names nothing of the kind.
+def load_data(source, config):
+    """source: a name in BUILTIN or an .npz file -> x_train (N, 3, S, S) uint8, y_train (N,),
+    x_test, y_test (with --holdout, the images held out), about (the checkpoint's "data")
     """
-    size, name, parts = config.image_size, config.data, {}
+    size, root, parts = config.image_size, config.data_dir, []
     try:
-        if name in BUILTIN:
-            arrays = read_torchvision(BUILTIN[name], Path(config.data_dir))
-        elif Path(name).is_dir():
-            arrays = read_folder(Path(name), Path(config.data_dir), size)
-        else:
-            arrays = dict(np.load(name, allow_pickle=False))
+        arrays = read_torchvision(source, root) if source in BUILTIN else dict(np.load(source))
         for part in ("train", "test"):
-            x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
-                raise ValueError(f"x_{part} is {x.dtype} {x.shape}, must be uint8 (N, H, W, 3)")
-            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0 or y.max() > 99999:
-                raise ValueError(f"y_{part} must be a whole number from 0 on for each image")
-            x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+            x, y = (torch.from_numpy(arrays.pop(f"{name}_{part}")) for name in "xy")
+            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
+                raise ValueError(f"x_{part} is {x.dtype} {tuple(x.shape)}, not uint8 (N, H, W, 3)")
+            if y.is_floating_point() or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 99999:
+                raise ValueError(f"y_{part} must hold a label, 0, 1, ..., for each image")
+            x = x.permute(0, 3, 1, 2)
             if x.shape[2:] != (size, size):
                 x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-            parts[part] = x, torch.from_numpy(y.astype(np.int64))
-    except Halt:
+            parts += [x, y.long()]
+        x, y, x_test, y_test = parts
+        classes = [str(c) for c in arrays.get("classes", range(1 + max(y.max(), y_test.max())))]
+        if len(classes) <= max(y.max(), y_test.max()):
+            raise ValueError(f"only {len(classes)} names of classes")
+    except MemoryError:
         raise
-    except Exception as error:  # a foreign file can raise anything
-        known = (
-            f"{', '.join(BUILTIN)}, a folder with train/<class>/* and test/<class>/*, or an .npz"
-        )
-        raise Halt(f"--data {name}: {error or type(error).__name__} (takes {known})") from None
-    n_classes = 1 + max(int(y.max()) for _, y in parts.values())
-    classes = [str(c) for c in np.ravel(arrays.get("classes", range(n_classes)))]
-    if len(classes) < n_classes:
-        raise Halt(f"--data {name}: {len(classes)} names of classes, {n_classes} classes")
-    (x, y), (x_test, y_test) = parts["train"], parts["test"]
+    except Exception as error:  # a foreign file can raise anything, and so can a download
+        ways = f"takes {', '.join(BUILTIN)} (online, or with the archive in {root}/), an .npz file"
+        text = f"--data {source}: {error or type(error).__name__}"
+        raise UserError(f"{text} ({ways}, and to pretrain a folder of images)") from None
     if config.holdout:
         held, rest = stratified(y, config.holdout, "--holdout")
-        x_test, y_test, x, y = x[held], y[held], x[rest], y[rest]
+        x_test, y_test, x, y = x[held], y[held], keep_rows(x, rest), y[rest]
     if config.limit:
         some, _ = stratified(y, config.limit, "--limit")
-        x, y = x[some], y[some]
-    about = dict(name=name, classes=classes, image_size=size, n_train=len(x), n_test=len(x_test))
-    about |= dict(mean=list(config.mean), std=list(config.std), holdout=config.holdout)
+        x, y = keep_rows(x, some), y[some]
     digest = hashlib.sha256()
-    for tensor in (x, y, x_test, y_test):
-        digest.update(tensor.numpy())
-    about["sha256"] = digest.hexdigest()
+    for part in (part for tensor in (x, y, x_test, y_test) for part in tensor.split(1000)):
+        digest.update(part.contiguous().numpy())
+    about = dict(name=config.data or source, file=source, sha256=digest.hexdigest())
+    about |= dict(classes=classes, image_size=size, mean=list(config.mean), std=list(config.std))
+    about |= dict(n_train=len(x), n_test=len(x_test), holdout=config.holdout)
     return SimpleNamespace(x_train=x, y_train=y, x_test=x_test, y_test=y_test, about=about)
 
 
+def keep_rows(x, rows):
+    """x[rows] in the memory of x; rows ascend"""
+    for start, part in zip(range(0, len(rows), 1000), rows.split(1000)):
+        x[start : start + len(part)] = x[part]
+    return x[: len(rows)]
+
+
 def read_torchvision(name, root):
-    """One of torchvision's data sets, fetched when missing, checksums verified."""
-    new, cifar, arrays = not root.exists(), name.startswith("CIFAR"), {}
-    try:
-        for part in ("train", "test"):
-            which = {"train": part == "train"} if cifar else {"split": part}
-            data = getattr(torchvision.datasets, name)(root, download=True, **which)
-            arrays[f"x_{part}"] = data.data if cifar else data.data.transpose(0, 2, 3, 1)
-            arrays[f"y_{part}"] = np.asarray(data.targets if cifar else data.labels)
-            arrays["classes"] = getattr(data, "classes", range(10))
-    except Exception as error:  # of the network, of a file, or because svhn needs scipy
-        if new and root.exists() and not any(root.iterdir()):
-            root.rmdir()
-        ways = f"go online once, put its archive into {root}/, or --data FOLDER or FILE.npz"
-        raise Halt(f"{name} is not in {root}/ and could not be fetched ({error}): {ways}") from None
+    """One of torchvision's data sets, downloaded if missing, checksums verified -> arrays"""
+    cifar, arrays = name.startswith("cifar"), {}
+    for part in ("train", "test"):
+        which = {"train": part == "train"} if cifar else {"split": part}
+        data = getattr(torchvision.datasets, BUILTIN[name])(root, download=True, **which)
+        arrays[f"x_{part}"] = data.data if cifar else data.data.transpose(0, 2, 3, 1)
+        arrays[f"y_{part}"] = np.asarray(data.targets if cifar else data.labels)
+        arrays["classes"] = getattr(data, "classes", range(10))
     return arrays
 
 
-def list_images(folder):
-    """<folder>/<class>/* but for what is hidden -> class names, [(file, label), ...]"""
-    classes = sorted(
-        path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
-    )
-    kinds, samples = torchvision.datasets.folder.IMG_EXTENSIONS, []
-    for label, name in enumerate(classes):
-        files = [file for file in sorted((folder / name).iterdir()) if file.name[0] != "."]
-        files = [(file, label) for file in files if file.suffix.lower() in kinds]
-        if not files:
-            raise ValueError(f"there is no image in {folder / name}")
-        samples += files
-    if not classes:
-        raise ValueError(f"there is no folder in {folder}, one a class")
-    return classes, samples
-
-
-def read_folder(path, root, size):
-    """<path>/train/<class>/* and test/<class>/* (or val/), resized; cached as .npz in root."""
-    part = "test" if (path / "test").is_dir() else "val"
-    (classes, train), (test_classes, test) = list_images(path / "train"), list_images(path / part)
-    if classes != test_classes:
-        raise ValueError(f"the classes in train/ and {part}/ differ")
-    files = [(str(file), label, os.stat(file)) for file, label in train + test]
-    key = repr([(file, label, stat.st_size, stat.st_mtime_ns) for file, label, stat in files])
-    key = hashlib.sha256(key.encode()).hexdigest()[:12]
-    cache = root / f"{path.resolve().name}-{size}px-{key}.npz"
+def cache_folder(path, root, size):
+    """Resize the images in <path>/train/<class>/ and test/ (or val/) -> an .npz file in root"""
+    test = "test" if (path / "test").exists() else "val"
+    kinds, files, arrays = torchvision.datasets.folder.IMG_EXTENSIONS, {}, {}
+    for part, folder in (("train", path / "train"), ("test", path / test)):
+        found = sorted(folder.glob("[!.]*/[!.]*"))  # hidden ones are left out
+        files[part] = [file for file in found if file.suffix.lower() in kinds]
+    classes, others = (sorted({file.parent.name for file in found}) for found in files.values())
+    if not classes or classes != others:
+        layout = f"needs images in train/<class>/ and {test}/<class>/, of the same classes"
+        raise UserError(f"--data {path}: {layout}; found {classes[:3]}... and {others[:3]}...")
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sum(files.values(), [])]
+    key = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+    cache = Path(root) / f"{path.resolve().name}-{size}px-{key}.npz"
     if not cache.exists():
-        arrays = {"classes": classes}
-        for part, samples in (("train", train), ("test", test)):
-            images = np.empty((len(samples), size, size, 3), np.uint8)
-            for i, (file, _) in enumerate(tqdm(samples, f"{part} images", disable=None)):
+        for part, found in files.items():
+            arrays[f"y_{part}"] = [classes.index(file.parent.name) for file in found]
+            arrays[f"x_{part}"] = images = np.empty((len(found), size, size, 3), np.uint8)
+            for i, file in enumerate(tqdm(found, f"{part} images", disable=None)):
                 try:
                     image = torchvision.datasets.folder.default_loader(file)
-                    images[i] = image.resize((size, size))
                 except Exception as error:  # a foreign file can raise anything
-                    raise ValueError(f"{file} is not a readable image: {error}") from None
-            arrays |= {f"x_{part}": images, f"y_{part}": [label for _, label in samples]}
-        np.savez(buffer := io.BytesIO(), **arrays)
-        root.mkdir(parents=True, exist_ok=True)
+                    raise UserError(f"{file} is not a readable image: {error}") from None
+                images[i] = image.resize((size, size))
+        np.savez(buffer := io.BytesIO(), classes=classes, **arrays)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(cache, buffer.getbuffer())
-    try:
-        return dict(np.load(cache))
-    except Exception as error:
-        raise ValueError(f"the cache {cache} is damaged, remove it ({error})") from None
+    return str(cache)
 
 
 def stratified(labels, n, flag):
-    """A fixed choice of n images, equally many of each class -> their indices, and the others'."""
+    """A fixed choice of n images, equally many per class -> their indices, and the others'"""
     if not n <= len(labels) - (flag == "--holdout"):
-        raise Halt(f"{flag} {n}: there are {len(labels)} training images")
+        raise UserError(f"{flag} {n}: there are only {len(labels)} training images")
     order, count = labels.argsort(stable=True), labels.bincount()
     place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
     order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
     return order[:n].sort().values, order[n:].sort().values
 
 
-# %% k-NN: what the features are worth, without any training
-def knn_predict(features, bank, bank_labels, classes, k, temperature):
-    """Weighted k-nearest-neighbour vote by cosine similarity (Wu et al. 2018, sec. 3.4).
-
-    features (N, D), bank (M, D), normalised here; bank_labels (M,) -> class scores (N, classes)
-    """
-    similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T  # (N, M)
-    similarity, nearest = similarity.topk(k, dim=1)  # (N, k)
-    weight = ((similarity - 1) / temperature).exp()
-    return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
+# %% Features, and how good they are without any training
+def unit(x):
+    """Rows scaled to length 1, (N, C), in float32 if they come in a shorter type"""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
 @torch.no_grad()
@@ -553,21 +514,32 @@ def extract_features(encoder, images, config, autocast, batch=1000):
     return torch.cat(features)
 
 
+def knn_predict(features, bank, bank_labels, classes, k, temperature):
+    """Weighted k-nearest-neighbour vote by cosine similarity (Wu et al. 2018, sec. 3.4).
+
+    features (N, D), bank (M, D), normalised here; bank_labels (M,) -> class scores (N, classes)
+    """
+    similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T  # (N, M)
+    similarity, nearest = similarity.topk(k, dim=1)  # (N, k)
+    weight = ((similarity - 1) / temperature).exp()
+    return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
+
+
 def knn_accuracy(encoder, data, config, autocast, k, temperature=0.1):
     """Top-1 accuracy in [0, 1] on the test images, with all training images as the bank"""
-    bank, correct = extract_features(encoder, data.x_train, config, autocast), 0
-    labels = data.y_train.to(bank.device)
-    for x, y in zip(data.x_test.split(1000), data.y_test.split(1000)):
-        features = extract_features(encoder, x, config, autocast)
-        scores = knn_predict(features, bank, labels, len(data.about["classes"]), k, temperature)
-        correct += int((scores.argmax(1).cpu() == y).sum())
-    return correct / len(data.y_test)
+    sets, classes = (data.x_train, data.x_test), len(data.about["classes"])
+    bank, h = (extract_features(encoder, x, config, autocast) for x in sets)
+    labels, right = data.y_train.to(h.device), 0
+    for part, y in zip(h.split(1000), data.y_test.to(h.device).split(1000)):
+        scores = knn_predict(part, bank, labels, classes, k, temperature)
+        right += int((scores.argmax(1) == y).sum())
+    return right / len(h)
 
 
 # %% Checkpoints
 def write_atomic(path, content, previous=None):
-    """All of it or nothing, whenever the power goes off; the old file becomes `previous`."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write, then rename: a crash never leaves half a file. The old file becomes `previous`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -581,13 +553,13 @@ def write_atomic(path, content, previous=None):
 
 
 def save_checkpoint(path, checkpoint, previous=None):
-    """Write it atomically, tensors on the CPU; Halt with 3 instead if one of them is not finite."""
+    """Write it atomically, with tensors on the CPU; UserError with 3 if one is not finite."""
 
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, torch.Tensor) and not value.isfinite().all():
-            raise Halt("training diverged, weights are not finite: lower --lr, and --restart", 3)
+            raise UserError("training diverged, weights are not finite: lower --lr, --restart", 3)
         return value.cpu() if isinstance(value, torch.Tensor) else value
 
     torch.save(plain(checkpoint), buffer := io.BytesIO())
@@ -595,104 +567,52 @@ def save_checkpoint(path, checkpoint, previous=None):
 
 
 def load_checkpoint(path):
-    """The checkpoint in a file -> dict, on the CPU; Damaged if it is none or not whole."""
+    """The checkpoint in a file -> dict, on the CPU; UserError if it isn't a whole one"""
+    needed = set("method epoch epochs config data arch width dim encoder".split())
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not look at the checksums
+            if file.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise Halt(f"{path}: no such file") from None
+        if checkpoint["format"] != FORMAT or not needed <= checkpoint.keys():
+            raise ValueError(f"not of format {FORMAT}")
     except Exception as error:  # a foreign file can raise anything
         why = error if type(error) is ValueError else type(error).__name__
-        raise Damaged(f"{path}: not a readable checkpoint ({why})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise Damaged(f"{path}: not a checkpoint of format {FORMAT}")
-    if missing := KEYS - checkpoint.keys():
-        raise Damaged(f"{path}: lacks {', '.join(sorted(missing))}")
-    weights = checkpoint["encoder"] if isinstance(checkpoint["encoder"], dict) else ()
-    for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
-        if weights and all(str(name).startswith(prefix) for name in weights):
-            torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, prefix)
-            print(f"note: {path}: the names in it begin with {prefix}, which is taken off")
+        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
     return checkpoint
 
 
-# %% Devices and processes (torchrun starts several; with one, the helpers do nothing)
+# %% Devices and processes: torchrun starts several; with one, these helpers do nothing
 def start_device(config):
-    """-> the device, and the number type that it is fast in"""
-    name, fast = config.device, "fp32"
+    """Join the other processes, if torchrun started any -> the device, and its fastest dtype"""
+    name, fast, rank = config.device, "fp32", os.environ.get("LOCAL_RANK")
     if name == "auto":
-        accelerator = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if accelerator else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    if name.startswith("cuda") and rank:
+        name = f"cuda:{rank}"  # one GPU per process
     try:
-        device = torch.device(name)
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device).item()
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise Halt(f"--device {name} is not here; there is {', '.join(have)}") from None
+        text = f"--device {name} is not available here, cpu is; there are"
+        raise UserError(f"{text} {torch.cuda.device_count()} CUDA devices") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
-        keep_memory()
-        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        fast = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
+        with contextlib.suppress(OSError, AttributeError):  # another system, another library
+            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
+                ctypes.CDLL("libc.so.6").mallopt(*option)
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        # they must meet within a minute; afterwards one may take hours to read a folder of images
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=50)))
+        own = dict(device_id=device) if device.type == "cuda" else {}
+        own |= dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
+        store.set_timeout(own["timeout"])
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
-
-
-def keep_memory():
-    """Have glibc keep what it has got. By default it returns large blocks to the system at every
-    free, and each step pays for getting them back page by page: on 2 cores 27 % (docs/race.md).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another system, another library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
-        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
-
-
-class SmallMapConv(nn.Conv2d):
-    """A convolution that does small maps otherwise: oneDNN works on 16 pixels of a row at once, and
-    a short row wastes most. On a CPU MoCo takes 1.3 times as long without, Fast-MoCo 2.1 times.
-    """
-
-    @staticmethod
-    def knows(conv):
-        """Is it one of a ResNet's: 3x3 within a border of zeros or 1x1, and nothing special?"""
-        kind = conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-        kinds = [((k, k), (k // 2, k // 2), (1, 1), 1, "zeros") for k in (1, 3)]
-        return kind in kinds and conv.stride[0] == conv.stride[1] and conv.bias is None
-
-    def forward(self, x):
-        step, small = self.stride[0], 8 if x.dtype.itemsize == 2 else 4  # float32 gains less
-        if max(x.shape[2:]) > small * step:
-            return super().forward(x)
-        x, width = x.permute(0, 2, 3, 1), x.shape[3]  # (N, H, W, C)
-        if self.kernel_size == (1, 1):
-            x = F.linear(x[:, ::step, ::step].contiguous(), self.weight.flatten(1))
-        elif x.shape[1:3] == (2, 2) and step == 1:  # each pixel sees all four: one matrix
-            w = self.weight.permute(0, 2, 3, 1).to(x.dtype)  # (C', 3, 3, C)
-            corners = [w[:, 1 - i : 3 - i, 1 - j : 3 - j] for i in (0, 1) for j in (0, 1)]
-            x = F.linear(x.flatten(1), torch.cat(corners).flatten(1)).unflatten(1, (2, 2, -1))
-        else:  # many maps side by side, zeros between them
-            many, zeros = math.gcd(len(x), 128 * step // width), step + -width % step
-            x = F.pad(x.unflatten(0, (-1, many)).transpose(1, 2), (0, 0, 0, zeros))
-            x = super().forward(x.flatten(2, 3).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            x = x.unflatten(2, (many, -1))[:, :, :, :-1].transpose(1, 2).contiguous().flatten(0, 1)
-        return x.permute(0, 3, 1, 2)  # (N, C', h, w)
-
-
-def place(model, device):
-    """Move it there; channels_last is 15 % faster with bf16, itself 1.9 times (docs/race.md)."""
-    for module in model.modules() if device.type == "cpu" else ():
-        if type(module) is nn.Conv2d and SmallMapConv.knows(module):
-            module.__class__ = SmallMapConv  # the same weights
-    return model.to(device, memory_format=torch.channels_last)
 
 
 def process_count():
@@ -700,288 +620,271 @@ def process_count():
 
 
 def shard(batch):
-    """The rows that this process works on."""
+    """This process's rows of the whole batch"""
     return batch.chunk(process_count())[dist.get_rank()] if dist.is_initialized() else batch
 
 
-class Gather(torch.autograd.Function):
-    """The rows of all processes, in order; the gradients go back to the processes they are of."""
-
-    @staticmethod
-    def forward(ctx, rows):
-        parts = [torch.empty_like(rows) for _ in range(process_count())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dist.all_reduce(grad := grad.contiguous())
-        return shard(grad)
-
-
 def gather(rows):
-    """The rows of all processes, in order."""
-    return Gather.apply(rows) if dist.is_initialized() else rows
-
-
-def average(tensors):
-    """Replace each tensor by its mean over the processes."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
-        tensor /= process_count()
-
-
-def in_first(action):
-    """Do it in the first process alone -> its result, in all; where it halts, all halt."""
+    """The rows of all processes, in order. Gradients reach only a process's own rows, so the *sum*
+    of the processes' gradients of a loss of all rows is its gradient.
+    """
     if not dist.is_initialized():
-        return action()
-    outcome = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except Halt as halt:
-            outcome[1] = halt
-    dist.broadcast_object_list(outcome)
-    if outcome[1]:
-        raise outcome[1]
-    return outcome[0]
+        return rows
+    own = rows.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(process_count())]
+    dist.all_gather(parts, own)
+    parts[dist.get_rank()] = rows
+    return torch.cat(parts)
+
+
+def sum_over_processes(tensors):
+    """Replace each tensor by its sum over the processes, in one message."""
+    if dist.is_initialized():
+        dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors)])
+
+
+def agree(action, here):
+    """Run it where `here` is true -> the first process's result, in all; one's error ends all."""
+    outcomes = [[None, None]] * process_count()
+    try:
+        outcomes[0] = [action() if here else None, None]
+    except UserError as error:
+        outcomes[0] = [None, error]
+    if dist.is_initialized():
+        dist.all_gather_object(outcomes, outcomes[0])
+    for error in [error for _, error in outcomes if error]:
+        raise error
+    return outcomes[0][0]
+
+
+class SharedOptimizer:
+    """What train() calls optimizer: step() sums the gradients over the processes, undoes fp16's
+    scale and clips; where fp16 overflowed, it changes nothing.
+    """
+
+    def __init__(self, optimizer, scaler, clip):
+        self.optimizer, self.scaler, self.clip = optimizer, scaler, clip
+        self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+
+    def step(self):
+        learned = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        sum_over_processes([p.grad for p in learned])
+        if self.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(learned, self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
 def describe_machine(device, dtype, seed):
-    """What a result depends on, for the record."""
-    folder = str(Path(__file__).parent) if "__file__" in globals() else "."
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = dict(device=f"{device} {name}", precision=str(dtype), processes=process_count())
-    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__), commit=commit)
+    """What a result depends on, for the record"""
+    folder = Path(__file__).parent if "__file__" in globals() else "."
+    git, name, commit = f"git -C {folder} describe --always --dirty --abbrev=40", "", ""
+    with contextlib.suppress(OSError, TypeError):
+        commit = subprocess.run(git.split(), capture_output=True, text=True).stdout.strip()
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return machine | dict(python=platform.python_version(), seed=seed, started=started)
-
-
-def lock_folder(folder):
-    """Make the folder, and keep other runs out of it until this process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
-    except OSError as error:
-        raise Halt(f"--out {folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise Halt(f"--out {folder} is in use by {lock.read().strip()}") from None
-    except OSError:  # some network drives
-        print(f"warning: {folder} cannot be locked, start no second run in it", file=sys.stderr)
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
-    return lock
-
-
-def largest_batch(config, device, dtype):
-    """The largest power of two for which the activations of two views take at most half of the
-    device's memory (the other half: gradients, weights, images, workspace). It is computed from
-    the memory that there is, free or not, so that the same command finds the same number again.
-    """
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-        limit = limit.read_text().strip() if limit.exists() else "max"
-        memory = min(memory, int(limit)) if limit.isdigit() else memory
-    encoder = build_encoder(config.arch, config.width).to(device)
-    kept = {}
-
-    def count(tensor):
-        kept[tensor.data_ptr()] = tensor.nbytes
-        return tensor
-
-    def bytes_for(views):
-        kept.clear()
-        x = torch.zeros(views, 3, config.image_size, config.image_size, device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                encoder(x)
-        return sum(kept.values())
-
-    return 2 ** int(math.log2(memory / 2 / (bytes_for(4) - bytes_for(2))))
+    machine = dict(device=f"{device} {name or platform.machine()}", precision=str(dtype))
+    machine |= dict(threads=torch.get_num_threads(), processes=process_count(), seed=seed)
+    machine |= dict(torch=str(torch.__version__), python=platform.python_version())
+    return machine | dict(commit=commit, started=started)
 
 
 def seed_of(*numbers):
-    """One seed from several numbers, in which (0, 1) and (1, 0) differ."""
+    """One seed from several numbers, another one for (0, 1) than for (1, 0)"""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
-# %% A run: its folder, what is saved there, and how it goes on
+# %% A run: its folder, what is saved there, and how it resumes
+MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
+
+
 class Run:
-    """Brings a training loop its images; measures, logs, saves, goes on after an interruption."""
+    """Brings a training loop its images; measures, logs, saves, resumes after an interruption."""
 
     def __init__(self, config):
-        self.config, self.out = config, Path(config.out)
+        self.config, self.out, self.recipe = config, Path(config.out), config
         self.device, self.dtype = start_device(config)
-        self.first = not dist.is_initialized() or dist.get_rank() == 0  # the process that writes
-
-        def load():
-            self.data = load_data(config)
-
-        in_first(load)  # fetches the images, or makes a cache of them
-        if not self.first:
-            load()
-        if not config.batch_size:
-            most = largest_batch(config, self.device, self.dtype)
-            config.batch_size = min(most, 2 ** int(math.log2(len(self.data.x_train))))
-            print(f"--batch-size {config.batch_size} is what the memory of {self.device} allows")
+        self.is_main = not dist.is_initialized() or dist.get_rank() == 0  # the one that writes
+        if config.batch_size % process_count():
+            raise UserError(f"--batch-size must be a multiple of the {process_count()} processes")
+        check_method(config)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # on its machine: it fills the caches
+        agree(self.load, first)
+        agree(self.load, not first)
         for flag, n in (("--batch-size", config.batch_size), ("--knn-k", config.knn_k)):
-            if n > len(self.data.x_train):
-                raise Halt(f"{flag} {n}: there are only {len(self.data.x_train)} training images")
-        self.images = self.data.x_train.to(self.device)
+            if n > len(self.images):
+                raise UserError(f"{flag} {n}: there are only {len(self.images)} training images")
         self.steps = len(self.images) // config.batch_size  # an epoch; the ragged rest is left out
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss = torch.zeros((), device=self.device)  # sum over this epoch's steps
-        self.step = self.signal = self.failures = 0
-        self.seconds, self.history = 0.0, []
+        self.step, self.history, self.signal = 0, [], 0
         self.about = dict(format=FORMAT, kind="pretrain", method=METHOD, epochs=config.epochs)
         self.about |= dict(config=dataclasses.asdict(config), data=self.data.about, source=SOURCE)
         self.about |= dict(machine=describe_machine(self.device, self.dtype, config.seed))
         self.about |= dict(arch=config.arch, width=config.width)
         torch.manual_seed(config.seed)  # for the weights, drawn next
 
+    def load(self):
+        source, config = self.config.data, self.config
+        if source not in BUILTIN and Path(source).is_dir():
+            source = cache_folder(Path(source), config.data_dir, config.image_size)
+        self.data = load_data(source, config)
+        self.data.x_train = self.images = self.data.x_train.to(self.device)
+
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def resume(self, model, online, optimizer):
-        """Move the model to the device, take the folder, go on from the state in it, if any.
+    def compiled(self, function):
+        return torch.compile(function, dynamic=False) if self.config.compile else function
 
-        online: the part of the model that is learned, of which [0] is the encoder and [1] the head
+    def start(self, model, online, optimizer, clip=0.0):
+        """Move the model to the device, take the folder, and resume from the state in it, if any.
+
+        online: the part that learns, [0] its encoder and [1] its head; clip: the largest norm of
+        the gradient, 0: any -> the optimizer to use
         """
-        self.model = place(model, self.device)
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         if self.config.compile:
-            if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-                raise Halt("--compile: needs a C++ compiler, g++ or clang++, on the PATH")
             self.model.compile(dynamic=False)  # in place: the names of the weights stay
         self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
-
-        def take_folder():
-            self.lock = lock_folder(self.out)  # until this process ends
-            for pattern in ("pretrain.*", "last.pt", "prev.pt", "epoch*.pt"):
-                for path in self.out.glob(pattern) if self.config.restart else ():
-                    path.unlink()
-
-        in_first(take_folder)
-        self.clock = self.saved = self.shown = time.monotonic()
-        trouble = None
-        for path in (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt")):
-            try:
-                if path.exists():
-                    self.load(path)
-                    break
-            except Damaged as error:
-                trouble = trouble or str(error)
+        self.clock = self.saved = time.monotonic()
+        # the first process reads for all: what is in the folder changes as soon as one saves
+        if found := agree(self.take_folder, self.is_main):
+            self.restore(*found)
         else:
-            if trouble:
-                raise Halt(f"{trouble}, and there is no state before it: --restart starts over")
-            self.save("last.pt")  # finds out now whether the folder takes it
-        if trouble:
-            print(f"warning: {trouble}; going on from {path.name}", file=sys.stderr)
+            self.save("last.pt")  # shows now whether the folder can be written
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        if self.first:
-            self.announce()
+        if self.is_main:
+            data, machine = self.data.about, self.about["machine"]
+            print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
+            print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
+            print(
+                f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch",
+                flush=True,
+            )
+        return SharedOptimizer(optimizer, self.scaler, clip)
 
-    def load(self, path):
-        """Take over the state in a file, if it is of the same settings and images."""
-        saved, machine = load_checkpoint(path), self.about["machine"]
-        old = dataclasses.asdict(Config()) | saved["config"]  # a setting that is newer than the run
-        old |= {"images": saved["data"]["sha256"][:8]}
-        new = self.about["config"] | {"images": self.data.about["sha256"][:8]}
-        changed = [k for k in new if old.get(k) != new[k] and k not in HARMLESS]
+    def take_folder(self):
+        """Lock the folder -> the newest whole checkpoint in it and its path, or None"""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock, trouble = open(self.out / ".lock", "a+"), None  # until this process ends
+        try:
+            import fcntl
+
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise UserError(f"--out {self.out} is in use by {self.lock.read().strip()}") from None
+        except (OSError, ImportError):  # some network drives, Windows
+            print(f"warning: {self.out} can't be locked: start no second run there")
+        self.lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=self.lock, flush=True)
+        old = ("pretrain.*", "last.pt", "prev.pt", "epoch*.pt") if self.config.restart else ()
+        for path in [path for name in ("*.tmp", *old) for path in self.out.glob(name)]:
+            path.unlink()
+        names = (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt"))
+        for path in filter(Path.exists, names):
+            try:
+                found = load_checkpoint(path), path
+            except UserError as error:
+                trouble = trouble or error
+                continue
+            if trouble:
+                print(f"warning: {trouble}; resuming from {path.name}", file=sys.stderr)
+            return found
+        if trouble:
+            raise UserError(f"{trouble}, and no earlier state is left: --restart starts over")
+
+    def restore(self, saved, path):
+        """Take over the state of a checkpoint, if it has the same settings and images."""
+        # a setting that is newer than the run has its default there
+        old = dataclasses.asdict(Config()) | saved["config"] | {"images": saved["data"]["sha256"]}
+        new = self.about["config"] | {"images": self.data.about["sha256"]}
+        changed = [k for k in new if old.get(k) != new[k] and k not in MAY_CHANGE.split()]
         if changed:
-            changed = ", ".join(f"{k} {old.get(k)} -> {new[k]}" for k in changed)
+            changed = ", ".join(f"{k} {str(old.get(k))[:9]} -> {str(new[k])[:9]}" for k in changed)
             changed = f"{self.out} holds a run with other settings ({changed})"
-            raise Halt(f"{changed}: name another --out, or --restart")
+            raise UserError(f"{changed}: choose another --out, or --restart")
         if path.name == "pretrain.pt":
-            raise Halt(f"{path} is complete, {saved['epoch']} epochs", 0)
+            raise UserError(f"{path} is complete, {saved['epoch']} epochs", 0)
         try:
             state = saved["train_state"]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            for part in ("model", "optimizer", "scaler"):
+                getattr(self, part).load_state_dict(state[part])
             self.loss.copy_(state["loss"])
             self.step, self.history = state["step"], saved["history"]
-            self.seconds = saved["machine"]["seconds"]
+            self.clock -= saved["machine"]["seconds"]
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise Damaged(f"{path}: not a state of this run ({error})") from None
-        keys = ("device", "precision", "threads", "processes", "torch")
-        if (other := [k for k in keys if saved["machine"][k] != machine[k]]) and self.first:
-            print(f"note: begun with another {', '.join(other)}: goes on, but not bit for bit")
-
-    def checkpoint(self):
-        """What a checkpoint holds: see docs/checkpoint.md."""
-        self.about["machine"]["seconds"] = self.elapsed()
-        state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        state |= dict(scaler=self.scaler.state_dict(), step=self.step, loss=self.loss)
-        progress = dict(epoch=self.step // self.steps, history=self.history, dim=self.encoder.dim)
-        modules = dict(encoder=self.encoder.state_dict(), head=self.head.state_dict())
-        return self.about | progress | modules | dict(train_state=state)
+            raise UserError(f"{path}: not a state of this run ({error})") from None
+        old, new = old | saved["machine"], new | self.about["machine"]
+        keys = ("device", "precision", "threads", "processes", "torch", "compile")
+        if (other := [k for k in keys if old[k] != new[k]]) and self.is_main:
+            print(f"note: started with another {', '.join(other)}: resumes, but not bit for bit")
 
     def save(self, name):
-        """Write a checkpoint and the log. A disk that refuses is asked again later, three times."""
-        checkpoint = self.checkpoint()
-        if name != "last.pt":
-            del checkpoint["train_state"]
+        """Write a checkpoint (docs/checkpoint.md) and the log."""
+        self.about["machine"]["seconds"] = time.monotonic() - self.clock
+        checkpoint = self.about | dict(epoch=self.step // self.steps, history=self.history)
+        checkpoint |= dict(encoder=self.encoder.state_dict(), head=self.head.state_dict())
+        checkpoint |= dict(dim=self.encoder.dim)
+        if name == "last.pt":
+            state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+            state |= dict(scaler=self.scaler.state_dict(), step=self.step, loss=self.loss)
+            checkpoint["train_state"] = state
+        elif name == "pretrain.pt":
+            checkpoint["gallery"] = self.gallery()
+        agree(lambda: self.write(name, checkpoint), self.is_main)
+        self.saved = time.monotonic()
 
-        def write():
+    def write(self, name, checkpoint):
+        """Write it in the main process. If the disk refuses, try again for a quarter of an hour."""
+        for wait in (10, 100, 800, 0):
             try:
                 previous = self.out / "prev.pt" if name == "last.pt" else None
                 save_checkpoint(self.out / name, checkpoint, previous)
-                self.log()
+                return self.log()
             except OSError as error:
-                self.failures += 1
-                message = f"{self.out / name}: cannot be written, {error.strerror}"
-                if self.step == 0 or self.failures == 3:
-                    raise Halt(message, 4 if self.step else 2) from None
-                print(f"warning: {message}; trying again later", file=sys.stderr)
-                return False
-            self.failures = 0
-            return True
-
-        self.saved = time.monotonic()
-        return in_first(write)
-
-    def on_signal(self, number, frame):
-        if self.signal:  # the second time: at once
-            os._exit(128 + number)
-        self.signal = number
-
-    def announce(self):
-        about, config, machine = self.data.about, self.config, self.about["machine"]
-        size, dtype = about["image_size"], machine["precision"].removeprefix("torch.")
-        weights = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
-        print(f"{METHOD}: {about['n_train']} images of {size}x{size} from {about['name']}")
-        print(f"{config.arch} of width {config.width}, {weights:.2f} M weights to learn")
-        print(f"{config.epochs} epochs of {self.steps} steps, into {self.out}/")
-        more = ", compiled: the first step takes minutes" if config.compile else ""
-        print(f"on {machine['device']}, {machine['threads']} threads, {dtype}{more}", flush=True)
-        if self.step:
-            print(f"going on after step {self.step}, epoch {self.step / self.steps:.2f}")
+                message = f"{self.out / name} can't be written: {error.strerror}"
+                if self.step == 0 or not wait:
+                    raise UserError(message, 4 if self.step else 2) from None
+                print(f"warning: {message}; trying again in {wait} s", file=sys.stderr)
+                time.sleep(wait)
 
     def log(self):
         head = {key: self.about[key] for key in ("method", "config", "data", "machine")}
         rows = "".join(json.dumps(row) + "\n" for row in (head, *self.history))
         write_atomic(self.out / "pretrain.jsonl", rows.encode())
 
-    def elapsed(self):
-        return self.seconds + time.monotonic() - self.clock
+    def gallery(self):
+        """For figures: some images, two views of each, and the cosines between all these views"""
+        torch.manual_seed(seed_of(self.config.seed, "gallery"))
+        rows, cosines = torch.randperm(len(self.images))[:256], {}
+        images, labels = self.images[rows.to(self.device)], self.data.y_train[rows]
+        recipe = dataclasses.replace(self.recipe, mean=(0, 0, 0), std=(1, 1, 1))
+        views = [(255 * augment(images, recipe)).round().to(torch.uint8) for _ in range(2)]
+        models = dict(backbone=self.encoder, head=nn.Sequential(self.encoder, self.head))
+        for name, model in models.items():
+            a, b = (extract_features(model, view, self.config, self.autocast) for view in views)
+            cosines[name] = (unit(a) @ unit(b).T).half()  # [i, j]: view 1 of i with view 2 of j
+        n = max(1, min(32, 400_000 // images[0].numel()))  # at most 1.2 MB of pixels
+        images, views = images[:n].clone(), torch.stack([view[:n] for view in views])
+        return dict(images=images, views=views, labels=labels, cosines=cosines)
+
+    def on_signal(self, number, frame):
+        if self.signal:  # the second time
+            raise UserError("stopped at once; the same command resumes from the last save", 130)
+        self.signal = number
 
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
         total, size, order = self.config.epochs * self.steps, self.config.batch_size, None
-        quiet = not (self.first and sys.stderr.isatty())
-        self.bar = tqdm(total=total, initial=self.step, unit="step", disable=quiet)
+        hide = None if self.is_main else True  # None: unless there is a terminal
+        self.bar = tqdm(total=total, initial=self.step, unit="step", disable=hide)
         while self.step < total:
             epoch, i = divmod(self.step, self.steps)
             if order is None or i == 0:
@@ -989,128 +892,113 @@ class Run:
                 order = torch.randperm(len(self.images), generator=generator).to(self.device)
             # all that is random in a step follows from its number: nothing else can disturb it
             torch.manual_seed(seed_of(self.config.seed, "step", self.step))
-            yield epoch, self.images[order[i * size : (i + 1) * size]]
+            yield epoch, self.images[shard(order[i * size : (i + 1) * size])]
             self.step += 1
             self.bar.update()
             if self.step % 10 == 0 or i + 1 == self.steps:
-                self.level()
+                self.sync_statistics()
             if i + 1 == self.steps:
                 self.finish_epoch(epoch + 1)
             if process_count() == 1 or self.step % 10 == 0:
-                self.look_around()
+                self.check_clock()
         self.bar.close()
-        while not self.save("pretrain.pt"):
-            time.sleep(1)
-        for name in ("last.pt", "prev.pt") if self.first else ():
+        self.save("pretrain.pt")
+        for name in ("last.pt", "prev.pt") if self.is_main else ():
             (self.out / name).unlink(missing_ok=True)
 
-    def descend(self, loss, clip=0.0):
-        """One step of the optimizer, down the mean gradient of the processes, of norm <= clip."""
-        self.scaler.scale(loss).backward()
-        learned = [p for p in self.model.parameters() if p.grad is not None]
-        average([p.grad for p in learned])
-        if clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(learned, clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+    def record(self, loss):
+        """Add the loss to the epoch's mean -> the loss, scaled if the precision is fp16"""
         self.loss += loss.detach()
+        return self.scaler.scale(loss)
 
-    def level(self):
-        """What differs between the processes becomes their mean. At fixed steps, not when it saves,
-        or else the rounding would tell when that was.
+    def sync_statistics(self):
+        """Batch norm's running statistics become their mean over the processes; at fixed steps, or
+        a result would depend on when a state was saved.
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        average([self.loss, *(b for m in norms for b in (m.running_mean, m.running_var))])
+        statistics = [b for m in norms for b in (m.running_mean, m.running_var)]
+        sum_over_processes(statistics)
+        torch._foreach_div_(statistics, process_count())
 
-    def look_around(self):
-        """Between steps, by the clock: is the loss a number? Is it time to save, or to stop?"""
-        now = time.monotonic()
-        due = [self.signal, now - self.saved > self.config.save_seconds, now - self.shown > 1]
+    def check_clock(self):
+        """Between steps: is it time to save, or to stop?"""
+        due = [self.signal, time.monotonic() - self.saved > self.config.save_seconds]
         if dist.is_initialized():  # all processes must do the same
             dist.all_reduce(due := torch.tensor(due, device=self.device), dist.ReduceOp.MAX)
-        stop, save, show = (int(item) for item in due)
-        if show and self.step % self.steps:
-            self.shown = now
-            self.bar.set_postfix(loss=f"{self.mean_loss(self.step % self.steps):.3f}")
+        stop, save = map(int, due)
         if save or stop:
-            while not self.save("last.pt") and stop:
-                time.sleep(1)
+            self.mean_loss()
+            self.save("last.pt")
         if stop:
-            raise Halt(f"stopped by signal {stop}, saved: the same command goes on", 128 + stop)
+            raise UserError(
+                f"stopped by signal {stop}, saved: the same command resumes", 128 + stop
+            )
 
-    def mean_loss(self, steps):
-        """Of this epoch's first steps; the one place where training waits for the device."""
-        loss = self.loss / steps
-        if not loss.isfinite():
-            raise Halt(f"the loss is {loss:.3g} at step {self.step}: lower --lr, and --restart", 3)
-        return float(loss)
+    def mean_loss(self):
+        """Over this epoch's steps; the one place where training waits for the device"""
+        loss = float(self.loss) / (self.step % self.steps or self.steps)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step}: lower --lr, --restart", 3)
+        self.bar.set_postfix(loss=f"{loss:.3f}")
+        return loss
 
     def finish_epoch(self, epoch):
         """Log it; measure the k-NN accuracy and keep a checkpoint when it is time."""
         config, left = self.config, self.config.epochs - epoch
-        row = {"epoch": epoch, "loss": self.mean_loss(self.steps)}
-        row["lr"] = self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": epoch, "loss": self.mean_loss()}
+        row["lr"], text = self.optimizer.param_groups[0]["lr"], f"loss {row['loss']:.4f}"
         if not left or config.knn_every and epoch % config.knn_every == 0:
             knn = knn_accuracy(self.encoder, self.data, config, self.autocast, config.knn_k)
-            row["knn_top1"] = knn
+            row["knn_top1"], text = knn, f"{text}, k-NN {100 * knn:.2f}%"
+        row["seconds"] = time.monotonic() - self.clock
         self.loss.zero_()
-        self.history.append(row | {"seconds": self.elapsed()})
-        if self.first:
-            with contextlib.suppress(OSError):  # what a full disk means, save() decides
+        self.history.append(row)
+        if self.is_main:
+            with contextlib.suppress(OSError):  # write() decides what a full disk means
                 self.log()
-            text = f"epoch {epoch}/{config.epochs}: loss {row['loss']:.4f}"
-            text += f", k-NN {100 * row['knn_top1']:.2f} %" if "knn_top1" in row else ""
-            text += f", {self.elapsed() / epoch * left / 60:.1f} min left" if left else ""
-            if self.bar.disable:  # no terminal: a line an epoch
-                print(text, flush=True)
-            elif "knn_top1" in row:
-                self.bar.write(text)
+            text += f", {row['seconds'] / epoch * left / 60:.1f} min left" if left else ""
+            self.bar.write(f"epoch {epoch}/{config.epochs}: {text}")
         if config.keep_every and epoch % config.keep_every == 0 and left:
             self.save(f"epoch{epoch:04d}.pt")
 
 
 # %% Command line
+POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
+    temperature bn_splits knn_k batch_size""".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise Halt(f"{message} (--help shows the flags)")
+        raise UserError(f"{message} (--help shows the flags)")
 
 
 def parse_config(argv=None):
-    """Config from the command line; in a notebook, which has none, Config as it stands."""
+    """Config from the command line; in a notebook, which has none, Config as it stands"""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         return check_config(Config())
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     if RECIPES:
-        first = [*RECIPES][0]
-        parser.add_argument("--recipe", choices=RECIPES, help=f"values to start from [{first}]")
+        parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    try:
-        source = inspect.getsource(Config)
-    except (OSError, TypeError):  # pasted into a notebook
-        source = "".join(f"    {name}:  # \n" for name in fields)
-    for title, name, text in re.findall(
-        r"^    (?:# -- (.*)|(\w+):.*  # (.*))$", source, re.MULTILINE
-    ):
+    line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
+    for title, name, text in re.findall(line, inspect.getsource(Config), re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
             continue
-        field = fields[name]
-        if field.type is list:
-            parser.add_argument(name, nargs="*", default=field.default_factory(), help=text)
+        kind, default = fields[name].type, fields[name].default
+        if kind is list:
+            parser.add_argument(name, nargs="*", default=[], help=text)
             continue
-        how = {"type": field.type, "metavar": field.type.__name__[:1].upper()}
-        if field.type is bool:
+        how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+        if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif field.type is tuple:
+        elif kind is tuple:
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
-        elif choices := typing.get_args(field.type):
+        elif choices := typing.get_args(kind):
             how = {"choices": choices}
-        elif "or auto" in text:
-            how["type"] = lambda text: 0 if text == "auto" else int(text)
-        text = f"{text} [{field.default}]".replace("%", "%%")
+        text = f"{text} [{default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
@@ -1121,37 +1009,21 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
-    temperature bn_splits knn_k""".split()
-SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
-
-
 def check_config(config):
-    """Halt if a value cannot work."""
+    """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        values, wrong = value if field.type is tuple else [value], None
-        if choices := typing.get_args(field.type):
-            wrong = value not in choices and f"one of {', '.join(choices)}"
-        elif field.type in (int, float, tuple):
-            if not all(isinstance(v, int | float) and 0 <= v < math.inf for v in values):
-                wrong = "a number, and not negative"
-            elif field.type is int and value >= 2**31:
-                wrong = "less than 2^31"
-            elif field.type is tuple and len(value) != len(field.default) and name != "lr":
-                wrong = f"{len(field.default)} numbers"
-            elif name in POSITIVE and not min(values):
-                wrong = "more than 0"
-            elif name in SHARES and max(values) > 1:
-                wrong = "from 0 to 1"
-            elif name == "crop_scale" and values[0] > values[1]:
-                wrong = "the smaller share and the larger"
-            elif name == "warmup_epochs" and value > config.epochs > 0:
-                wrong = f"at most --epochs {config.epochs}"
-            elif name == "batch_size" and value == 1:
-                wrong = "2 or more: an image is told from others"
-        if wrong:
-            raise Halt(f"{flag_of(name)} {','.join(map(str, values))}: must be {wrong}")
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        values, choices = value if kind is tuple else [value], typing.get_args(kind)
+        least, most = 1e-9 if name in POSITIVE else 0, 1 if name in SHARES else 2**31 - 1
+        if choices and value not in choices:
+            must = f"one of {', '.join(choices)}"
+        elif kind is tuple and name != "lr" and len(value) != len(field.default):
+            must = f"{len(field.default)} numbers"
+        elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
+            must = f"from {least} to {most}"
+        else:
+            continue
+        raise UserError(f"{flag_of(name)} {','.join(map(str, values))}: must be {must}")
     return config
 
 
@@ -1161,23 +1033,28 @@ def main(argv=None):
     try:
         config = parse_config(argv)
         train(config, Run(config))
-    except Halt as halt:
-        text = f"error: {halt}" if halt.code else str(halt)
-        print(text, file=sys.stderr if halt.code else sys.stdout)
-        return halt.code
-    except KeyboardInterrupt:  # before the first step
-        return 130
+        return 0
+    except UserError as error:
+        message, code = error, error.code
+    except KeyboardInterrupt:
+        message, code = "stopped before the first step", 130
+    except OSError as error:
+        message, code = error, 2
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if full or "DefaultCPUAllocator" in str(error):
+            message, code = "out of memory: lower --batch-size, or --limit if images don't fit", 2
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            message, code = "another process ended; the same command resumes", 1
+        else:
             raise
-        print(f"error: {config.device}: out of memory, lower --batch-size", file=sys.stderr)
-        return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    print(f"error: {message}" if code else message, file=sys.stderr if code else sys.stdout)
+    return code
 
 
 if __name__ == "__main__":

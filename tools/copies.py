@@ -22,6 +22,7 @@ DIFFERS = {
     ("*", "METHOD"): "the name of the method",
     ("*", "RECIPES"): "each script has recipes of its own",
     ("*", "train"): "each method has a loop of its own",
+    ("*", "check_method"): "each method has settings that must go together",
     ("*", "main"): "each script has a task of its own",
 }
 
