@@ -35,7 +35,7 @@ def flags(settings):
 
 def slug(*words):
     """A name for a folder, of whatever is not empty"""
-    return re.sub(r"[^\w.]+", "-", "-".join(map(str, filter(None, words)))).strip("-")
+    return re.sub(r"([^\w.]|_)+", "-", "-".join(map(str, filter(None, words)))).strip("-")
 
 
 def plan(args):
