@@ -40,8 +40,8 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
 # %% Config: each field becomes a flag --like-this, and its comment is the help text
@@ -172,7 +172,7 @@ def measure_knn(path, checkpoint, config):
     features = "pixels" if what == "pixels" else config.features
     row = dict(what=what, checkpoint=path and str(path), epoch=epoch, features=features)
     row |= dict(k=config.k, temperature=config.temperature, top1=correct / len(y), correct=correct)
-    row |= dict(n_test=len(y), n_train=len(bank), data=config.data or checkpoint["data"]["name"])
+    row |= dict(n_test=len(y), n_train=len(bank), data=about["name"])
     row |= dict(evaluated_on="holdout" if about["holdout"] else "test", data_sha256=about["sha256"])
     row |= dict(machine=describe_machine(device, dtype, seed), seed=seed)
     files = {}
@@ -206,7 +206,6 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import os
 import platform
 import re
@@ -216,48 +215,51 @@ import sys
 import tempfile
 import typing
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch.distributed as dist
+import torchvision
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
-KEYS = set("method epoch epochs config data arch width dim encoder".split())
 
 
 class UserError(Exception):
-    """Ends the script: one line on standard error, and the exit code (2: the user can mend it)."""
+    """Ends the script with one line on standard error and an exit code (2: the user can fix it)."""
 
     def __init__(self, message, code=2):
         super().__init__(" ".join(str(message).split()))
         self.code = code
 
 
-class DamagedCheckpoint(UserError):
-    """A checkpoint that is none, or not whole."""
-
-
 # %% The encoder and the head, as a checkpoint holds them
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
-    """torchvision's ResNet without fc: (N, 3, H, W) -> (N, encoder.dim), with the stem for small
-    images (SimCLR, appendix B.9). resnet8 has three stages of one block; width: of the first stage.
+    """A ResNet for small images (SimCLR, appendix B.9): (N, 3, H, W) -> features (N, encoder.dim).
+    Layers have torchvision's names; width: channels of the first stage, doubled in each further.
     """
-    kind = torchvision.models.resnet50 if arch == "resnet50" else torchvision.models.resnet18
-    with torch.device("meta"):  # costs nothing: every layer with weights is replaced
-        net = kind(norm_layer=norm_layer)
-    block, net.inplanes = type(net.layer1[0]), width
-    net.conv1, net.bn1 = nn.Conv2d(3, width, 3, padding=1, bias=False), norm_layer(width)
-    net.maxpool, net.layer4, net.fc = nn.Identity(), nn.Identity(), nn.Identity()
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
+    block = Bottleneck if arch == "resnet50" else BasicBlock
+    net = nn.Sequential()  # runs its layers in the order in which they are assigned
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
+    net.bn1, net.relu = norm_layer(width), nn.ReLU(inplace=True)
+    channels = width
     for i, depth in enumerate(depths):
-        stage = net._make_layer(block, width * 2**i, depth, stride=1 if i == 0 else 2)
+        stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
+        for _ in range(depth):
+            out, shortcut = planes * block.expansion, None
+            if stride != 1 or channels != out:
+                conv = nn.Conv2d(channels, out, 1, stride, bias=False)
+                shortcut = nn.Sequential(conv, norm_layer(out))
+            stage.append(block(channels, planes, stride, shortcut, norm_layer=norm_layer))
+            channels, stride = out, 1
         setattr(net, f"layer{i + 1}", stage)
+    net.avgpool, net.flatten, net.dim = nn.AdaptiveAvgPool2d(1), nn.Flatten(), channels
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    net.dim = net.inplanes
     return net
 
 
@@ -282,76 +284,70 @@ BUILTIN = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10"
 
 
 def load_data(source, config):
-    """-> x_train (N, 3, S, S) uint8, y_train (N,), x_test, y_test (the images held out, if any are)
-    and about: what a checkpoint says of its data. UserError if --data names nothing of the kind.
+    """source: a name in BUILTIN or an .npz file -> x_train (N, 3, S, S) uint8, y_train (N,),
+    x_test, y_test (with --holdout, the images held out), about (the checkpoint's "data")
     """
-    size, name, parts = config.image_size, source, {}
+    size, root, parts = config.image_size, config.data_dir, []
     try:
-        if name in BUILTIN:
-            arrays = read_torchvision(BUILTIN[name], Path(config.data_dir))
-        else:
-            arrays = dict(np.load(name, allow_pickle=False))
+        arrays = read_torchvision(source, root) if source in BUILTIN else dict(np.load(source))
         for part in ("train", "test"):
-            x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-            if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
-                raise ValueError(f"x_{part} is {x.dtype} {x.shape}, must be uint8 (N, H, W, 3)")
-            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0 or y.max() > 99999:
-                raise ValueError(f"y_{part} must be a whole number from 0 on for each image")
-            x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+            x, y = (torch.from_numpy(arrays.pop(f"{name}_{part}")) for name in "xy")
+            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
+                raise ValueError(f"x_{part} is {x.dtype} {tuple(x.shape)}, not uint8 (N, H, W, 3)")
+            if y.is_floating_point() or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 99999:
+                raise ValueError(f"y_{part} must hold a label, 0, 1, ..., for each image")
+            x = x.permute(0, 3, 1, 2)
             if x.shape[2:] != (size, size):
                 x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-            parts[part] = x, torch.from_numpy(y.astype(np.int64))
-    except UserError:
+            parts += [x, y.long()]
+        x, y, x_test, y_test = parts
+        classes = [str(c) for c in arrays.get("classes", range(1 + max(y.max(), y_test.max())))]
+        if len(classes) <= max(y.max(), y_test.max()):
+            raise ValueError(f"only {len(classes)} names of classes")
+    except MemoryError:
         raise
-    except Exception as error:  # a foreign file can raise anything
-        known = f"{', '.join(BUILTIN)} or an .npz"
-        raise UserError(f"--data {name}: {error or type(error).__name__} (takes {known})") from None
-    n_classes = 1 + max(int(y.max()) for _, y in parts.values())
-    classes = [str(c) for c in np.ravel(arrays.get("classes", range(n_classes)))]
-    if len(classes) < n_classes:
-        raise UserError(f"--data {name}: {len(classes)} names of classes, {n_classes} classes")
-    (x, y), (x_test, y_test) = parts["train"], parts["test"]
+    except Exception as error:  # a foreign file can raise anything, and so can a download
+        ways = f"takes {', '.join(BUILTIN)} (online, or with the archive in {root}/), an .npz file"
+        text = f"--data {source}: {error or type(error).__name__}"
+        raise UserError(f"{text} ({ways}, and to pretrain a folder of images)") from None
     if config.holdout:
         held, rest = stratified(y, config.holdout, "--holdout")
-        x_test, y_test, x, y = x[held], y[held], x[rest], y[rest]
+        x_test, y_test, x, y = x[held], y[held], keep_rows(x, rest), y[rest]
     if config.limit:
         some, _ = stratified(y, config.limit, "--limit")
-        x, y = x[some], y[some]
-    about = dict(
-        name=name, file=name, classes=classes, image_size=size, n_train=len(x), n_test=len(x_test)
-    )
-    about |= dict(mean=list(config.mean), std=list(config.std), holdout=config.holdout)
+        x, y = keep_rows(x, some), y[some]
     digest = hashlib.sha256()
-    for tensor in (x, y, x_test, y_test):
-        digest.update(tensor.numpy())
-    about["sha256"] = digest.hexdigest()
+    for part in (part for tensor in (x, y, x_test, y_test) for part in tensor.split(1000)):
+        digest.update(part.contiguous().numpy())
+    about = dict(name=config.data or source, file=source, sha256=digest.hexdigest())
+    about |= dict(classes=classes, image_size=size, mean=list(config.mean), std=list(config.std))
+    about |= dict(n_train=len(x), n_test=len(x_test), holdout=config.holdout)
     return SimpleNamespace(x_train=x, y_train=y, x_test=x_test, y_test=y_test, about=about)
 
 
+def keep_rows(x, rows):
+    """x[rows] in the memory of x; rows ascend"""
+    for start, part in zip(range(0, len(rows), 1000), rows.split(1000)):
+        x[start : start + len(part)] = x[part]
+    return x[: len(rows)]
+
+
 def read_torchvision(name, root):
-    """One of torchvision's data sets, fetched when missing, checksums verified."""
-    new, cifar, arrays = not root.exists(), name.startswith("CIFAR"), {}
-    try:
-        for part in ("train", "test"):
-            which = {"train": part == "train"} if cifar else {"split": part}
-            data = getattr(torchvision.datasets, name)(root, download=True, **which)
-            arrays[f"x_{part}"] = data.data if cifar else data.data.transpose(0, 2, 3, 1)
-            arrays[f"y_{part}"] = np.asarray(data.targets if cifar else data.labels)
-            arrays["classes"] = getattr(data, "classes", range(10))
-    except Exception as error:  # of the network, of a file, or because svhn needs scipy
-        if new and root.exists() and not any(root.iterdir()):
-            root.rmdir()
-        ways = f"go online once, put its archive into {root}/, or --data FOLDER or FILE.npz"
-        raise UserError(
-            f"{name} is not in {root}/ and could not be fetched ({error}): {ways}"
-        ) from None
+    """One of torchvision's data sets, downloaded if missing, checksums verified -> arrays"""
+    cifar, arrays = name.startswith("cifar"), {}
+    for part in ("train", "test"):
+        which = {"train": part == "train"} if cifar else {"split": part}
+        data = getattr(torchvision.datasets, BUILTIN[name])(root, download=True, **which)
+        arrays[f"x_{part}"] = data.data if cifar else data.data.transpose(0, 2, 3, 1)
+        arrays[f"y_{part}"] = np.asarray(data.targets if cifar else data.labels)
+        arrays["classes"] = getattr(data, "classes", range(10))
     return arrays
 
 
 def stratified(labels, n, flag):
-    """A fixed choice of n images, equally many of each class -> their indices, and the others'."""
+    """A fixed choice of n images, equally many per class -> their indices, and the others'"""
     if not n <= len(labels) - (flag == "--holdout"):
-        raise UserError(f"{flag} {n}: there are {len(labels)} training images")
+        raise UserError(f"{flag} {n}: there are only {len(labels)} training images")
     order, count = labels.argsort(stable=True), labels.bincount()
     place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
     order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
@@ -374,8 +370,8 @@ def find_data(path, checkpoint, config):
 
 # %% Checkpoints
 def write_atomic(path, content, previous=None):
-    """All of it or nothing, whenever the power goes off; the old file becomes `previous`."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write, then rename: a crash never leaves half a file. The old file becomes `previous`."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -389,26 +385,18 @@ def write_atomic(path, content, previous=None):
 
 
 def load_checkpoint(path):
-    """The checkpoint in a file -> dict, on the CPU; DamagedCheckpoint if it is none."""
+    """The checkpoint in a file -> dict, on the CPU; UserError if it isn't a whole one"""
+    needed = set("method epoch epochs config data arch width dim encoder".split())
     try:
         with zipfile.ZipFile(path) as file:
-            if file.testzip():  # torch.load does not look at the checksums
+            if file.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        if checkpoint["format"] != FORMAT or not needed <= checkpoint.keys():
+            raise ValueError(f"not of format {FORMAT}")
     except Exception as error:  # a foreign file can raise anything
         why = error if type(error) is ValueError else type(error).__name__
-        raise DamagedCheckpoint(f"{path}: not a readable checkpoint ({why})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{path}: not a checkpoint of format {FORMAT}")
-    if missing := KEYS - checkpoint.keys():
-        raise DamagedCheckpoint(f"{path}: lacks {', '.join(sorted(missing))}")
-    weights = checkpoint["encoder"] if isinstance(checkpoint["encoder"], dict) else ()
-    for prefix in ("_orig_mod.", "module."):  # of torch.compile, of DistributedDataParallel
-        if weights and all(str(name).startswith(prefix) for name in weights):
-            torch.nn.modules.utils.consume_prefix_in_state_dict_if_present(weights, prefix)
-            print(f"note: {path}: the names in it begin with {prefix}, which is taken off")
+        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
     return checkpoint
 
 
@@ -450,40 +438,35 @@ def record(path, row):
 
 # %% Devices
 def start_device(config):
-    """-> the device, and the number type that it is fast in"""
-    name, fast = config.device, "fp32"
+    """Join the other processes, if torchrun started any -> the device, and its fastest dtype"""
+    name, fast, rank = config.device, "fp32", os.environ.get("LOCAL_RANK")
     if name == "auto":
-        accelerator = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if accelerator else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    if name.startswith("cuda") and rank:
+        name = f"cuda:{rank}"  # one GPU per process
     try:
-        device = torch.device(name)
-        if name == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device).item()
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UserError(f"--device {name} is not here; there is {', '.join(have)}") from None
+        text = f"--device {name} is not available here, cpu is; there are"
+        raise UserError(f"{text} {torch.cuda.device_count()} CUDA devices") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
-        keep_memory()
-        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        fast = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
+        with contextlib.suppress(OSError, AttributeError):  # another system, another library
+            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
+                ctypes.CDLL("libc.so.6").mallopt(*option)
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        # they must meet within a minute; afterwards one may take hours to read a folder of images
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=50)))
+        own = dict(device_id=device) if device.type == "cuda" else {}
+        own |= dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
+        store.set_timeout(own["timeout"])
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
-
-
-def keep_memory():
-    """Have glibc keep what it has got. By default it returns large blocks to the system at every
-    free, and each step pays for getting them back page by page: on 2 cores 27 % (docs/race.md).
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another system, another library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
-        libc.mallopt(-2, 64 << 20)  # M_TOP_PAD: grow in large pieces
 
 
 def process_count():
@@ -491,18 +474,18 @@ def process_count():
 
 
 def describe_machine(device, dtype, seed):
-    """What a result depends on, for the record."""
-    folder = str(Path(__file__).parent) if "__file__" in globals() else "."
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = dict(device=f"{device} {name}", precision=str(dtype), processes=process_count())
-    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__), commit=commit)
+    """What a result depends on, for the record"""
+    folder = Path(__file__).parent if "__file__" in globals() else "."
+    git, name, commit = f"git -C {folder} describe --always --dirty --abbrev=40", "", ""
+    with contextlib.suppress(OSError, TypeError):
+        commit = subprocess.run(git.split(), capture_output=True, text=True).stdout.strip()
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return machine | dict(python=platform.python_version(), seed=seed, started=started)
+    machine = dict(device=f"{device} {name or platform.machine()}", precision=str(dtype))
+    machine |= dict(threads=torch.get_num_threads(), processes=process_count(), seed=seed)
+    machine |= dict(torch=str(torch.__version__), python=platform.python_version())
+    return machine | dict(commit=commit, started=started)
 
 
 # %% Command line
@@ -512,39 +495,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(argv=None):
-    """Config from the command line; in a notebook, which has none, Config as it stands."""
+    """Config from the command line; in a notebook, which has none, Config as it stands"""
     if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
         return check_config(Config())
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     if RECIPES:
-        first = [*RECIPES][0]
-        parser.add_argument("--recipe", choices=RECIPES, help=f"values to start from [{first}]")
+        parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    try:
-        source = inspect.getsource(Config)
-    except (OSError, TypeError):  # pasted into a notebook
-        source = "".join(f"    {name}:  # \n" for name in fields)
-    for title, name, text in re.findall(
-        r"^    (?:# -- (.*)|(\w+):.*  # (.*))$", source, re.MULTILINE
-    ):
+    line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
+    for title, name, text in re.findall(line, inspect.getsource(Config), re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
             continue
-        field = fields[name]
-        if field.type is list:
-            parser.add_argument(name, nargs="*", default=field.default_factory(), help=text)
+        kind, default = fields[name].type, fields[name].default
+        if kind is list:
+            parser.add_argument(name, nargs="*", default=[], help=text)
             continue
-        how = {"type": field.type, "metavar": field.type.__name__[:1].upper()}
-        if field.type is bool:
+        how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
+        if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif field.type is tuple:
+        elif kind is tuple:
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
-        elif choices := typing.get_args(field.type):
+        elif choices := typing.get_args(kind):
             how = {"choices": choices}
-        elif "or auto" in text:
-            how["type"] = lambda text: 0 if text == "auto" else int(text)
-        text = f"{text} [{field.default}]".replace("%", "%%")
+        text = f"{text} [{default}]".replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
@@ -556,36 +531,25 @@ def flag_of(name):
 
 
 POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
-    temperature bn_splits knn_k""".split()
+    temperature bn_splits knn_k batch_size""".split()
 SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 
 def check_config(config):
-    """UserError if a value cannot work."""
+    """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        values, wrong = value if field.type is tuple else [value], None
-        if choices := typing.get_args(field.type):
-            wrong = value not in choices and f"one of {', '.join(choices)}"
-        elif field.type in (int, float, tuple):
-            if not all(isinstance(v, int | float) and 0 <= v < math.inf for v in values):
-                wrong = "a number, and not negative"
-            elif field.type is int and value >= 2**31:
-                wrong = "less than 2^31"
-            elif field.type is tuple and len(value) != len(field.default) and name != "lr":
-                wrong = f"{len(field.default)} numbers"
-            elif name in POSITIVE and not min(values):
-                wrong = "more than 0"
-            elif name in SHARES and max(values) > 1:
-                wrong = "from 0 to 1"
-            elif name == "crop_scale" and values[0] > values[1]:
-                wrong = "the smaller share and the larger"
-            elif name == "warmup_epochs" and value > config.epochs > 0:
-                wrong = f"at most --epochs {config.epochs}"
-            elif name == "batch_size" and value == 1:
-                wrong = "2 or more: an image is told from others"
-        if wrong:
-            raise UserError(f"{flag_of(name)} {','.join(map(str, values))}: must be {wrong}")
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        values, choices = value if kind is tuple else [value], typing.get_args(kind)
+        least, most = 1e-9 if name in POSITIVE else 0, 1 if name in SHARES else 2**31 - 1
+        if choices and value not in choices:
+            must = f"one of {', '.join(choices)}"
+        elif kind is tuple and name != "lr" and len(value) != len(field.default):
+            must = f"{len(field.default)} numbers"
+        elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
+            must = f"from {least} to {most}"
+        else:
+            continue
+        raise UserError(f"{flag_of(name)} {','.join(map(str, values))}: must be {must}")
     return config
 
 
@@ -604,8 +568,8 @@ def find_states(config):
     for path in [find_checkpoint(path) for path in paths if not config.watch]:
         yield path, load_checkpoint(path)
     if not paths:
-        named, about = dict(data_dir="data", limit=0, holdout=0), vars(config) | {"name": "cifar10"}
-        yield None, dict(arch=config.arch, width=config.width, config=named, data=about)
+        named = dict(data="", data_dir="data", limit=0, holdout=0)
+        yield None, vars(config) | dict(config=named, data=vars(config) | {"name": "cifar10"})
 
 
 def main(argv=None):

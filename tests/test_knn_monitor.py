@@ -69,7 +69,7 @@ def checkpoint(data, epoch=3, **changes):
     """What a pretraining script writes, with random weights."""
     encoder, head = copy.deepcopy(weights(epoch))
     about = dict(name="tiny", file=str(data), image_size=8, mean=list(MEAN), std=list(STD))
-    config = dict(data=str(data), data_dir=str(data.parent), limit=0, holdout=0)
+    config = dict(data="tiny", data_dir=str(data.parent), limit=0, holdout=0)
     saved = dict(format=knn_monitor.FORMAT, kind="pretrain", method="moco", epoch=epoch, epochs=3)
     saved |= dict(config=config, data=about, arch="resnet8", width=4, dim=16)
     return saved | dict(encoder=encoder, head=head, machine=dict(seed=7)) | changes
@@ -510,7 +510,7 @@ def test_refused_checkpoints(data, refused, tmp_path):
     whole = write(tmp_path / "good.pt", checkpoint(data)).read_bytes()
     check(b"<html>", "not a readable checkpoint")
     check(whole[:-500], "not a readable checkpoint")
-    check({"weights": 1}, "format")
+    check({"weights": 1}, "not a readable checkpoint")
     check(checkpoint(data, width=8), "resnet8 of width 8")
     check(checkpoint(data, arch="resnet18"), "resnet18")
     check(checkpoint(data, head=None), "no head", "--features", "head")

@@ -1,4 +1,4 @@
-"""Take a pretrained encoder elsewhere: the same weights under the names that others expect.
+"""Export a pretrained encoder: the same weights under the names that other libraries expect.
 
     python tools/export.py runs/moco/pretrain.pt --to torchvision encoder.pth
     python tools/export.py runs/moco/pretrain.pt --to detectron2 encoder.pkl
@@ -6,9 +6,9 @@
 torchvision   a state dict for torchvision.models.resnet18 (or 34, 50), without fc
 detectron2    {"model": {name: array}, ...}, for MODEL.WEIGHTS of a ResNet of as many layers
 
-Their first convolution has 7x7 pixels, and ours 3x3. `--stem pad` (the default for detectron2) puts
-ours in the middle of zeros, so that an unchanged model takes it; `--stem keep` leaves it, for a
-model whose conv1 is replaced by nn.Conv2d(3, width, 3, padding=1, bias=False): docs/transfer.md.
+Their first convolution is 7x7, ours 3x3. `--stem pad` (the default for detectron2) pads ours with
+zeros, so that it fits an unmodified model; `--stem keep` leaves it as it is, for a model whose
+conv1 is replaced by nn.Conv2d(3, width, 3, padding=1, bias=False): see docs/transfer.md.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from moco_cifar import Halt, load_checkpoint, write_atomic
+from moco_cifar import UserError, load_checkpoint, write_atomic
 
-# torchvision's names -> detectron2's: stages count from 2, a norm belongs to its convolution
+# torchvision's names -> detectron2's: stages start at 2, a norm belongs to its convolution
 DETECTRON2 = [
     (r"^(conv1|bn1)\.", r"stem.\1."),
     (r"\bbn(\d)\.", r"conv\1.norm."),
@@ -42,7 +42,7 @@ def rename(name):
 
 
 def export(checkpoint, layout, stem):
-    """A checkpoint's encoder -> what is to be written, as bytes"""
+    """A checkpoint's encoder -> the content of the exported file, as bytes"""
     weights = dict(checkpoint["encoder"])
     if stem == "pad":
         weights["conv1.weight"] = F.pad(weights["conv1.weight"], (2, 2, 2, 2))  # 3x3 in 7x7
@@ -74,9 +74,9 @@ def main(argv=None):
     try:
         checkpoint = load_checkpoint(args.checkpoint)
         write_atomic(args.out, export(checkpoint, args.to, stem))
-    except Halt as halt:
-        print(f"error: {halt}", file=sys.stderr)
-        return halt.code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
     except OSError as error:
         print(f"error: {args.out}: cannot be written, {error.strerror}", file=sys.stderr)
         return 2
