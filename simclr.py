@@ -13,9 +13,9 @@ projector is thrown away.
 
 What differs from the paper (SimCLR, arXiv:2002.05709):
  1. The stem fits 32x32 images (its appendix B.9), and there is no blur, as there.
- 2. The loss is the mean over the 2N views: guessing gives ln(2N - 1), 6.93 at batch 512. It can't
  2. The loss is the mean over the 2N views: guessing gives ln(2N - 1), 6.93 at batch 512. Its floor
     is not 0: cosines end at 1, so at T = 0.5 and batch 512 it is about ln(1 + 1022 / e^2) = 4.9.
+ 3. Grayscale has probability 0.1, not 0.2, as in github.com/dkobak/simclr-cifar10.
  4. With several processes each has its own batch norm, through which an image's two views could
     know each other; the paper normalises over all devices (sec. 2.2).
  5. Jitter changes brightness, contrast, saturation, hue in this order; the paper's is random.
