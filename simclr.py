@@ -587,19 +587,19 @@ def start_device(config):
     """Join the other processes, if torchrun started any -> the device, and its fastest dtype"""
     name, fast, rank = config.device, "fp32", os.environ.get("LOCAL_RANK")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.startswith("cuda") and rank:
         name = f"cuda:{rank}"  # one GPU per process
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        text = f"--device {name} is not available here, cpu is; there are"
-        raise UserError(f"{text} {torch.cuda.device_count()} CUDA devices") from None
+        raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
-        fast = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
         # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
@@ -647,13 +647,14 @@ def sum_over_processes(tensors):
 
 def agree(action, here):
     """Run it where `here` is true -> the first process's result, in all; one's error ends all."""
-    outcomes = [[None, None]] * process_count()
+    outcome = [None, None]
     try:
-        outcomes[0] = [action() if here else None, None]
-    except UserError as error:
-        outcomes[0] = [None, error]
+        outcome[0] = action() if here else None
+    except (UserError, OSError) as error:
+        outcome[1] = error
+    outcomes = [outcome] * process_count()
     if dist.is_initialized():
-        dist.all_gather_object(outcomes, outcomes[0])
+        dist.all_gather_object(outcomes, outcome)
     for error in [error for _, error in outcomes if error]:
         raise error
     return outcomes[0][0]
@@ -680,17 +681,18 @@ class SharedOptimizer:
 
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
+
+    def ask(command):
+        return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
+
     folder = Path(__file__).parent if "__file__" in globals() else "."
-    git, name, commit = f"git -C {folder} describe --always --dirty --abbrev=40", "", ""
-    with contextlib.suppress(OSError, TypeError):
-        commit = subprocess.run(git.split(), capture_output=True, text=True).stdout.strip()
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    commit = ask(f"git -C '{folder}' describe --always --dirty --abbrev=40")
+    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    machine = dict(device=f"{device} {name or platform.machine()}", precision=str(dtype))
-    machine |= dict(threads=torch.get_num_threads(), processes=process_count(), seed=seed)
+    machine = dict(device=f"{device} {name}", precision=str(dtype), commit=commit, seed=seed)
+    machine |= dict(threads=torch.get_num_threads(), processes=process_count())
     machine |= dict(torch=str(torch.__version__), python=platform.python_version())
-    return machine | dict(commit=commit, started=started)
+    return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
 def seed_of(*numbers):
@@ -715,9 +717,8 @@ class Run:
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # on its machine: it fills the caches
         agree(self.load, first)
         agree(self.load, not first)
-        for flag, n in (("--batch-size", config.batch_size), ("--knn-k", config.knn_k)):
-            if n > len(self.images):
-                raise UserError(f"{flag} {n}: there are only {len(self.images)} training images")
+        if (n := len(self.images)) < max(config.batch_size, config.knn_k):
+            raise UserError(f"--batch-size and --knn-k must be at most {n}, the training images")
         self.steps = len(self.images) // config.batch_size  # an epoch; the ragged rest is left out
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss = torch.zeros((), device=self.device)  # sum over this epoch's steps
@@ -787,16 +788,15 @@ class Run:
         old = ("pretrain.*", "last.pt", "prev.pt", "epoch*.pt") if self.config.restart else ()
         for path in [path for name in ("*.tmp", *old) for path in self.out.glob(name)]:
             path.unlink()
-        names = (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt"))
-        for path in filter(Path.exists, names):
+        for path in (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt")):
             try:
-                found = load_checkpoint(path), path
+                if path.exists():
+                    found = load_checkpoint(path), path
+                    if trouble:
+                        print(f"warning: {trouble}; resuming from {path.name}", file=sys.stderr)
+                    return found
             except UserError as error:
                 trouble = trouble or error
-                continue
-            if trouble:
-                print(f"warning: {trouble}; resuming from {path.name}", file=sys.stderr)
-            return found
         if trouble:
             raise UserError(f"{trouble}, and no earlier state is left: --restart starts over")
 
