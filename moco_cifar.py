@@ -3,9 +3,8 @@
 Two random views of an image (crops, flips, colour changes) should get similar features, and views
 of different images should not. The first view becomes the *query* q, the second its *key* k. The
 query's encoder learns by gradient to pick its key among K others, the negatives: a cross-entropy
-called InfoNCE. They wait in a *queue*, in which the N keys of a batch replace the N oldest, so K is
-not tied to N. All keys come from a slow copy of the encoder, a moving average of its weights, and
-so remain comparable.
+called InfoNCE. They wait in a *queue*, in which each batch's N keys replace the N oldest, so K isn't
+tied to N. Keys come from a slow copy of the encoder, a moving average of its weights.
 
     image --augment--> im_q --encoder_q--> q ----.
        |                   | momentum update      +--> q.k and q.queue, / T --> cross-entropy:
@@ -102,9 +101,8 @@ RECIPES = {
 
 # %% Augmentation: what the features should ignore
 def augment(images, recipe):
-    """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised.
-
-    recipe: a Config. Each operation draws new random numbers for every image (see the plumbing).
+    """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised. Each
+    operation (plumbing, below) draws random numbers of its own for every image. recipe: a Config
     """
     x = random_resized_crop(images / 255, recipe.crop_scale)
     x = sometimes(recipe.flip, horizontal_flip, x)
@@ -143,9 +141,8 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm over `splits` groups of the batch, as if each were on its own GPU (sec. 3.3).
-
-    The running statistics are the mean over the groups; in eval mode it is ordinary batch norm.
+    """Batch norm over `splits` groups of the batch, as if each were on its own GPU (sec. 3.3). The
+    running statistics are the mean over the groups; in eval mode it is ordinary batch norm.
     """
 
     def __init__(self, channels, splits):
@@ -211,14 +208,10 @@ def momentum_update(encoder_q, encoder_k, m):
 
 def check_method(config):
     """UserError if the method's settings don't go together."""
-    size, splits = config.batch_size, config.bn_splits
-    if size % splits or size < 2 * splits:
-        near = f"{max(2, size // splits) * splits}, or --bn-splits 1"
-        raise UserError(
-            f"--batch-size {size} is not 2, 3, ... times --bn-splits {splits}: try {near}"
-        )
-    if splits % process_count():
-        raise UserError(f"--bn-splits must be a multiple of the {process_count()} processes")
+    size, splits, n = config.batch_size, config.bn_splits, process_count()
+    if size % splits or size < 2 * splits or splits % n:
+        near = f"--batch-size {max(2, size // splits) * splits}, or --bn-splits {n}"
+        raise UserError(f"--batch-size {size} must be 2, 3, ... times --bn-splits {splits}: {near}")
 
 
 class MoCo(nn.Module):
@@ -655,8 +648,8 @@ def shard(batch):
 
 
 def gather(rows):
-    """The rows of all processes, in order. Gradients reach only a process's own rows, so the *sum*
-    of the processes' gradients of a loss of all rows is its gradient.
+    """The rows of all processes, in order. Gradients reach only a process's own rows: the gradient
+    of a loss of all rows is the *sum* of what the processes have.
     """
     if not dist.is_initialized():
         return rows
@@ -956,13 +949,12 @@ class Run:
         if dist.is_initialized():  # all processes must do the same
             dist.all_reduce(due := torch.tensor(due, device=self.device), dist.ReduceOp.MAX)
         stop, save = map(int, due)
-        if save or stop:
+        if (save or stop) and self.step % self.steps:
             self.mean_loss()
+        if save or stop:
             self.save("last.pt")
         if stop:
-            raise UserError(
-                f"stopped by signal {stop}, saved: the same command resumes", 128 + stop
-            )
+            raise UserError(f"stopped by signal {stop}, saved; to resume, run it again", 128 + stop)
 
     def mean_loss(self):
         """Over this epoch's steps; the one place where training waits for the device"""

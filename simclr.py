@@ -106,9 +106,8 @@ RECIPES = {
 
 # %% Augmentation: what the features should ignore
 def augment(images, recipe):
-    """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised.
-
-    recipe: a Config. Each operation draws new random numbers for every image (see the plumbing).
+    """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised. Each
+    operation (plumbing, below) draws random numbers of its own for every image. recipe: a Config
     """
     x = random_resized_crop(images / 255, recipe.crop_scale)
     x = sometimes(recipe.flip, horizontal_flip, x)
@@ -625,8 +624,8 @@ def shard(batch):
 
 
 def gather(rows):
-    """The rows of all processes, in order. Gradients reach only a process's own rows, so the *sum*
-    of the processes' gradients of a loss of all rows is its gradient.
+    """The rows of all processes, in order. Gradients reach only a process's own rows: the gradient
+    of a loss of all rows is the *sum* of what the processes have.
     """
     if not dist.is_initialized():
         return rows
@@ -926,13 +925,12 @@ class Run:
         if dist.is_initialized():  # all processes must do the same
             dist.all_reduce(due := torch.tensor(due, device=self.device), dist.ReduceOp.MAX)
         stop, save = map(int, due)
-        if save or stop:
+        if (save or stop) and self.step % self.steps:
             self.mean_loss()
+        if save or stop:
             self.save("last.pt")
         if stop:
-            raise UserError(
-                f"stopped by signal {stop}, saved: the same command resumes", 128 + stop
-            )
+            raise UserError(f"stopped by signal {stop}, saved; to resume, run it again", 128 + stop)
 
     def mean_loss(self):
         """Over this epoch's steps; the one place where training waits for the device"""
