@@ -4,7 +4,7 @@ A feature is the vector h that the encoder makes of an image. A test image is cl
 training images whose features are most similar to its own: each votes for its label, and the more
 similar it is, the more its vote counts.
 
-    training images --encoder--> bank (M, D), computed once
+    M training images --encoder--> bank: their features, D numbers each, computed once
                                    |
     test image --encoder--> h --> cosine similarity s with each row, from -1 to 1
                                    --> the k largest vote exp(s / T) each --> the largest sum wins
@@ -135,7 +135,7 @@ def find_neighbours(h, bank, data, rows=6, k=5):
     return images | labels | dict(cosines=cosines, bank=len(bank))
 
 
-def draw_map(h, labels, n=2000):
+def map_features(h, labels, n=2000):
     """Test images as points in the plane of largest variance of the features (PCA)."""
     chosen = choose_images(labels, n)
     x = F.normalize(h[chosen].cpu().double(), dim=1)
@@ -177,9 +177,9 @@ def measure_knn(path, checkpoint, config):
     row |= dict(machine=describe_machine(device, dtype, seed), seed=seed)
     files = {}
     if what == "random":
-        files = {"map-random.npz": draw_map(h, y)}
+        files = {"map-random.npz": map_features(h, y)}
     elif features == "backbone":
-        files = {"map.npz": draw_map(h, y), "neighbours.npz": find_neighbours(h, bank, data)}
+        files = {"map.npz": map_features(h, y), "neighbours.npz": find_neighbours(h, bank, data)}
     return row | dict(seconds=time.monotonic() - start), files
 
 
@@ -441,19 +441,19 @@ def start_device(config):
     """Join the other processes, if torchrun started any -> the device, and its fastest dtype"""
     name, fast, rank = config.device, "fp32", os.environ.get("LOCAL_RANK")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.startswith("cuda") and rank:
         name = f"cuda:{rank}"  # one GPU per process
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        text = f"--device {name} is not available here, cpu is; there are"
-        raise UserError(f"{text} {torch.cuda.device_count()} CUDA devices") from None
+        raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
-        fast = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
         # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
@@ -475,17 +475,18 @@ def process_count():
 
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
+
+    def ask(command):
+        return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
+
     folder = Path(__file__).parent if "__file__" in globals() else "."
-    git, name, commit = f"git -C {folder} describe --always --dirty --abbrev=40", "", ""
-    with contextlib.suppress(OSError, TypeError):
-        commit = subprocess.run(git.split(), capture_output=True, text=True).stdout.strip()
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    commit = ask(f"git -C '{folder}' describe --always --dirty --abbrev=40")
+    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    machine = dict(device=f"{device} {name or platform.machine()}", precision=str(dtype))
-    machine |= dict(threads=torch.get_num_threads(), processes=process_count(), seed=seed)
+    machine = dict(device=f"{device} {name}", precision=str(dtype), commit=commit, seed=seed)
+    machine |= dict(threads=torch.get_num_threads(), processes=process_count())
     machine |= dict(torch=str(torch.__version__), python=platform.python_version())
-    return machine | dict(commit=commit, started=started)
+    return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
 # %% Command line
