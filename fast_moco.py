@@ -227,9 +227,7 @@ class FastMoCo(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2, theta_k <- m theta_k + (1 - m) theta_q, in one fused call. Parameters only: encoder_k
-    has its own batch-norm statistics, of the keys that it has seen, as in MoCo's own code.
-    """
+    """Eq. 2, theta_k <- m theta_k + (1 - m) theta_q. encoder_k has its own batch-norm statistics."""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
@@ -367,7 +365,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """Put keys (N, C) in the place of the oldest; of more than K keys the last K stay."""
+        """Replace the oldest keys by new ones, (N, C); of more than K keys the last K stay."""
         size = len(self.keys)
         slots = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, slots[-size:], keys[-size:].to(self.keys.dtype))

@@ -3,8 +3,8 @@
 Two random views of an image (crops, flips, colour changes) should get similar features, and views
 of different images should not. The first view becomes the *query* q, the second its *key* k. The
 query's encoder learns by gradient to pick its key among K others, the negatives: a cross-entropy
-called InfoNCE. They wait in a *queue*, in which each batch's N keys replace the N oldest, so K isn't
-tied to N. Keys come from a slow copy of the encoder, a moving average of its weights.
+called InfoNCE. The negatives wait in a *queue*, where each batch of N keys replaces the N oldest.
+Keys come from a slow copy of the encoder, a moving average of its weights.
 
     image --augment--> im_q --encoder_q--> q ----.
        |                   | momentum update      +--> q.k and q.queue, / T --> cross-entropy:
@@ -23,7 +23,7 @@ while the features improve. Guessing gives ln(1 + K), 8.32 for K = 4096. Watch t
     python moco_cifar.py                       # CIFAR-10, ResNet-18, 200 epochs (recipe demo)
     python moco_cifar.py --recipe v2 --epochs 100 --out runs/v2
 
-The same command resumes an interrupted run. In a notebook, paste this file into one cell and edit
+The same command resumes an interrupted run. In a notebook, paste this file into a cell and edit
 Config. Next, linear_eval.py measures how good the features are.
 """
 
@@ -200,9 +200,7 @@ class Queue(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2, theta_k <- m theta_k + (1 - m) theta_q, in one fused call. Parameters only: encoder_k
-    has its own batch-norm statistics, of the keys that it has seen, as in MoCo's own code.
-    """
+    """Eq. 2, theta_k <- m theta_k + (1 - m) theta_q. encoder_k has its own batch-norm statistics."""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
