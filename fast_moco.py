@@ -227,7 +227,7 @@ class FastMoCo(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2, theta_k <- m theta_k + (1 - m) theta_q. encoder_k has its own batch-norm statistics."""
+    """Eq. 2: theta_k <- m theta_k + (1 - m) theta_q; encoder_k has its own batch-norm statistics"""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
