@@ -583,7 +583,12 @@ def main(argv=None):
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()  # fails now, not after the work
             row, arrays = measure_knn(path, checkpoint, config)
-            print(*[] if folders else [HEADER], LINE.format(**row), sep="\n", flush=True)
+            print(
+                *[] if folders else [HEADER],
+                LINE.format(**row | {"checkpoint": path or "-"}),
+                sep="\n",
+                flush=True,
+            )
             folders.append(str(folder))
             for name in arrays if folder else ():
                 if config.out or not path.name.startswith("epoch"):  # figures show the newest state
