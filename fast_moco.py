@@ -396,7 +396,6 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -415,6 +414,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch.distributed as dist
 import torchvision
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
@@ -683,15 +683,10 @@ def write_atomic(path, content, previous=None):
 
 def save_checkpoint(path, checkpoint, previous=None):
     """Write it atomically, with tensors on the CPU; UserError with 3 if one is not finite."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, torch.Tensor) and not value.isfinite().all():
-            raise UserError("training diverged, weights are not finite: lower --lr, --restart", 3)
-        return value.cpu() if isinstance(value, torch.Tensor) else value
-
-    torch.save(plain(checkpoint), buffer := io.BytesIO())
+    checkpoint = tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
+    if not all(x.isfinite().all() for x in tree_leaves(checkpoint) if isinstance(x, torch.Tensor)):
+        raise UserError("training diverged, weights are not finite: lower --lr, --restart", 3)
+    torch.save(checkpoint, buffer := io.BytesIO())
     write_atomic(path, buffer.getbuffer(), previous)
 
 
@@ -706,7 +701,7 @@ def load_checkpoint(path):
         if checkpoint["format"] != FORMAT or not needed <= checkpoint.keys():
             raise ValueError(f"not of format {FORMAT}")
     except Exception as error:  # a foreign file can raise anything
-        why = error if type(error) is ValueError else type(error).__name__
+        why = error if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({why})") from None
     return checkpoint
 
@@ -812,15 +807,16 @@ def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
 
     def ask(command):
-        return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
+        folder = Path(__file__).parent if "__file__" in globals() else None
+        how = dict(shell=True, cwd=folder, capture_output=True, text=True)
+        return subprocess.run(command, **how).stdout.strip()
 
-    folder = Path(__file__).parent if "__file__" in globals() else "."
-    commit = ask(f"git -C '{folder}' describe --always --dirty --abbrev=40")
     name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    machine = dict(device=f"{device} {name}", precision=str(dtype), commit=commit, seed=seed)
+    machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
     machine |= dict(threads=torch.get_num_threads(), processes=process_count())
     machine |= dict(torch=str(torch.__version__), python=platform.python_version())
+    machine |= dict(commit=ask("git describe --always --dirty --abbrev=40"))
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
@@ -1111,7 +1107,8 @@ def parse_config(argv=None):
         parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
-    for title, name, text in re.findall(line, inspect.getsource(Config), re.MULTILINE):
+    lines = SOURCE.partition("class Config:")[2].partition("\n\n\n")[0]
+    for title, name, text in re.findall(line, lines, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
             continue
