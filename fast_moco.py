@@ -708,7 +708,7 @@ def load_checkpoint(path):
 
 # %% Devices and processes: torchrun starts several; with one, these helpers do nothing
 def start_device(config):
-    """Join the other processes, if torchrun started any -> the device, and its fastest dtype"""
+    """The device, and its fastest dtype unless --precision names one"""
     name, fast, rank = config.device, "fp32", os.environ.get("LOCAL_RANK")
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -728,6 +728,12 @@ def start_device(config):
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
                 ctypes.CDLL("libc.so.6").mallopt(*option)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return device, types[fast if config.precision == "auto" else config.precision]
+
+
+def join_processes(device):
+    """Meet the processes that torchrun started, if it did."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         # they must meet within a minute; afterwards one may take hours to read a folder of images
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=50)))
@@ -735,8 +741,6 @@ def start_device(config):
         own |= dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
         store.set_timeout(own["timeout"])
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return device, types[fast if config.precision == "auto" else config.precision]
 
 
 def process_count():
@@ -814,8 +818,8 @@ def describe_machine(device, dtype, seed):
     name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
-    machine |= dict(threads=torch.get_num_threads(), processes=process_count())
-    machine |= dict(torch=str(torch.__version__), python=platform.python_version())
+    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
+    machine |= dict(python=platform.python_version())
     machine |= dict(commit=ask("git describe --always --dirty --abbrev=40"))
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
@@ -835,6 +839,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out, self.recipe = config, Path(config.out), config
         self.device, self.dtype = start_device(config)
+        join_processes(self.device)
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0  # the one that writes
         if config.batch_size % process_count():
             raise UserError(f"--batch-size must be a multiple of the {process_count()} processes")
@@ -850,7 +855,8 @@ class Run:
         self.step, self.history, self.signal = 0, [], 0
         self.about = dict(format=FORMAT, kind="pretrain", method=METHOD, epochs=config.epochs)
         self.about |= dict(config=dataclasses.asdict(config), data=self.data.about, source=SOURCE)
-        self.about |= dict(machine=describe_machine(self.device, self.dtype, config.seed))
+        machine = describe_machine(self.device, self.dtype, config.seed)
+        self.about |= dict(machine=machine | dict(processes=process_count()))
         self.about |= dict(arch=config.arch, width=config.width)
         torch.manual_seed(config.seed)  # for the weights, drawn next
 
