@@ -1,5 +1,6 @@
-"""Honest reporting: the numbers in the README are those of the files in results/."""
+"""Honest reporting: the numbers on the pages are those of the files in results/."""
 
+import importlib
 import json
 import re
 import sys
@@ -12,9 +13,27 @@ sys.path.insert(0, str(ROOT / "tools"))
 import results  # noqa: E402
 
 
-def test_readme_table_is_made_from_results():
-    readme = (ROOT / "README.md").read_text()
-    assert results.replace_table(readme, results.published()) == readme
+@pytest.mark.parametrize("page", results.PAGES)
+def test_tables_are_made_from_results(page):
+    text = (ROOT / page).read_text()
+    assert results.rebuild(text, results.PAGES[page], results.published()) == text
+
+
+def test_readme_shows_at_most_six_rows_with_their_commands():
+    table = results.table_of_best(results.published())
+    assert (
+        1 <= table.count("python ") <= 6
+        and len((ROOT / "README.md").read_text().splitlines()) <= 150
+    )
+
+
+@pytest.mark.parametrize("group", results.grouped(results.published()), ids=results.command_of)
+def test_a_command_repeats_the_settings_of_its_row(group):
+    _, script, *flags = results.command_of(group).split()
+    config = vars(importlib.import_module(script.removesuffix(".py")).parse_config(flags))
+    ran = {name: tuple(v) if isinstance(v, list) else v for name, v in group[0]["config"].items()}
+    shared = (config.keys() & ran.keys()) - {*results.WITHOUT_EFFECT} | {"seed"}
+    assert {name: config[name] for name in shared} == {name: ran[name] for name in shared}
 
 
 def test_results_name_no_place_on_a_machine():
@@ -23,7 +42,7 @@ def test_results_name_no_place_on_a_machine():
 
 
 def test_result_of_a_run(pretrained):
-    result = results.collect(pretrained, "drawn colours")
+    result = results.collect(pretrained, "synthetic colours")
     last = result["history"][-1]
     assert last["epoch"] == result["config"]["epochs"] == 2
     assert "out" not in result["config"] and "data" not in result["config"]
@@ -32,28 +51,68 @@ def test_result_of_a_run(pretrained):
     json.dumps(result)
 
 
-def row(seed, correct):
+def row(seed, correct, method="moco", **more):
     machine = {"device": "cpu x", "precision": "torch.float32", "threads": 2, "seconds": 60}
-    data = {"name": "A", "n_train": 5000}
+    machine |= {"started": "2026-01-01T00:00:00Z", "commit": "abcdef0123"}
+    data = {"name": "A", "n_train": 5000, "classes": 10}
     config = {"arch": "resnet8", "width": 16, "epochs": 2, "seed": seed}
-    knn = [{"what": "moco", "correct": correct, "n_test": 1000}]
-    return dict(method="moco", data=data, config=config, machine=machine, knn=knn, history=[])
+    knn = [{"what": method, "correct": correct, "n_test": 1000}]
+    made = dict(method=method, data=data, config=config, machine=machine, knn=knn, history=[])
+    return made | more
+
+
+def rows(table):
+    return [line for line in table.splitlines()[2:] if line.startswith("|")]
 
 
 def test_seeds_share_a_row():
-    lines = results.table([row(0, 800), row(1, 820), row(2, 840)]).splitlines()
-    assert len(lines) == 3 and "82.0 ± 2.0" in lines[2] and "| 3 |" in lines[2]
+    (line,) = rows(results.table_of_runs([row(0, 800), row(1, 820), row(2, 840)]))
+    assert "82.0 ± 2.0" in line and "| 3 |" in line
 
 
 def test_one_seed_has_no_deviation():
-    assert "±" not in results.table([row(0, 800)])
+    assert "±" not in results.table_of_runs([row(0, 800)])
 
 
 @pytest.mark.parametrize("key, value", [("epochs", 3), ("width", 32)])
 def test_other_settings_are_another_row(key, value):
     other = row(1, 820)
     other["config"][key] = value
-    assert len(results.table([row(0, 800), other]).splitlines()) == 4
+    table = results.table_of_runs([row(0, 800), other])
+    assert len(rows(table)) == table.count("python moco_cifar.py") == 2
+
+
+@pytest.mark.parametrize("loss, shown", [(2.2, "| 40.0 |"), (2.4, "|  |")])
+def test_a_probe_worse_than_guessing_is_left_out(loss, shown):
+    """With ten classes guessing has a loss of 2.303."""
+    probe = {"correct": {"top1": 400}, "n_test": 1000, "test_loss": loss}
+    table = results.markdown([results.cells_of([row(0, 800, probe=probe)])], ["probe %"])
+    assert table.splitlines()[-1] == shown
+
+
+def test_a_number_of_the_head_is_not_shown_as_the_backbones():
+    run = row(0, 800)
+    run["knn"].append({"what": "moco", "correct": 900, "n_test": 1000, "features": "head"})
+    assert results.knn([run]) == [0.8]
+
+
+def test_the_best_rows_are_the_best_on_real_images_then_on_synthetic_ones():
+    def other(correct, name="A", **more):
+        run = row(0, correct, **more)
+        run["data"] = run["data"] | {"name": name}
+        run["config"] = run["config"] | {"epochs": correct}
+        return run
+
+    shapes = other(990, name="synthetic shapes")
+    runs = [shapes, other(500), other(600), other(700, method="simclr"), other(950, stale=True)]
+    found = [line.split("|")[6].strip() for line in rows(results.table_of_best(runs))]
+    assert found == ["70.0", "60.0", "99.0"]
+
+
+def test_what_is_stale_says_so():
+    assert "moco (stale)" in results.table_of_runs([row(0, 800, stale=True)])
+    assert "(stale)" not in results.table_of_runs([row(0, 800)])
+    assert all(list((ROOT / "results").glob(f"{pattern}.json")) for pattern in results.STALE)
 
 
 def measured(started, rate, **changes):
@@ -62,7 +121,9 @@ def measured(started, rate, **changes):
     ratios = [{"of": "step", "to": "baseline", "median": rate / 10}]
     found = {"step": {"ours": {"median": rate}}, "share_of_matrix_rate": 0.5, "ratios": ratios}
     settings = how | changes
-    return dict(kind="bench", machine=machine, settings=settings, methods={"moco": found})
+    return dict(
+        kind="bench", stale=False, machine=machine, settings=settings, methods={"moco": found}
+    )
 
 
 def test_of_equal_measurements_the_latest_counts():

@@ -1,17 +1,22 @@
-"""Publish finished runs: a JSON file each in results/, and from all of them README.md's tables.
+"""Publish finished runs: a JSON file each in results/, and from all of them the tables of README.md
+and docs/results.md.
 
-    python tools/results.py runs/NAME [...] --data "CIFAR-10 (JPEG-compressed copy)"
-    python tools/results.py                     # only rebuild the tables in README.md
+    python tools/results.py runs/NAME [...] --data "CIFAR-10"
+    python tools/results.py                     # only rebuild the tables
 
-A file holds the settings, the machine, hashes, every epoch, and accuracies as whole numbers of
-images: nothing in a table is typed by hand, and tests/test_results.py rebuilds them. Runs that
-differ only in their seed share a row, with mean and standard deviation. tools/bench.py writes the
-files that the table of speeds is made from: of equal measurements the latest.
+A file holds settings, machine, hashes, every epoch, and accuracies as whole numbers of images. No
+number in a table is typed by hand: tests/test_results.py rebuilds them. Runs that differ only in
+their seed share a row, with mean and standard deviation. tools/bench.py writes the files of the
+table of speeds; of equal measurements the latest counts.
 """
 
 import argparse
+import dataclasses
+import fnmatch
 import hashlib
+import importlib
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -19,17 +24,34 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-# <!-- results --> ... <!-- /results -->
-TABLES = {"results": "table", "labels": "table_of_labels", "speed": "table_of_speed"}
+sys.path.insert(0, str(ROOT))
+# between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
+PAGES = {"README.md": ["best"], "docs/results.md": ["runs", "labels", "speed"]}
+# files whose code has since changed in a way that matters: their rows say so
+STALE = ["bench-intel-r-xeon-r-processor*"]  # before the scripts were simplified
+SCRIPTS = {"moco": "moco_cifar", "simclr": "simclr", "fast-moco": "fast_moco"}
 LOCAL = ("out", "data", "data_dir", "checkpoints")  # settings that only name places on a machine
+# and those that no accuracy depends on
+WITHOUT_EFFECT = (*LOCAL, *"seed device knn_every keep_every save_seconds compile restart".split())
 
 
+# %% From a run's folder to a file
 def load(path):
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def settings(config):
-    return {key: value for key, value in config.items() if key not in LOCAL}
+def rows_of(path):
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+
+def without(row, names):
+    return {key: value for key, value in row.items() if key not in names}
+
+
+def evaluation(linear):
+    """What is kept of a linear.pt"""
+    how = dict(config=without(linear["config"], LOCAL), machine=linear["machine"])
+    return linear["result"] | how
 
 
 def collect(run, data):
@@ -37,116 +59,168 @@ def collect(run, data):
     checkpoint = load(run / "pretrain.pt")
     if checkpoint is None:
         sys.exit(f"error: {run}: no pretrain.pt there, the run is not finished")
-    sha = hashlib.sha256((run / "pretrain.pt").read_bytes()).hexdigest()
-    images = {
-        key: checkpoint["data"][key] for key in ("n_train", "n_test", "image_size", "holdout")
-    }
-    images |= {"name": data, "classes": len(checkpoint["data"]["classes"])}
-    result = {"schema": 1, "method": checkpoint["method"], "data": images}
-    result |= {"data_sha256": checkpoint["data"]["sha256"], "checkpoint_sha256": sha}
-    result["script_sha256"] = hashlib.sha256(checkpoint["source"].encode()).hexdigest()
-    result |= {"config": settings(checkpoint["config"]), "machine": checkpoint["machine"]}
+    about, source = checkpoint["data"], checkpoint["source"].encode()
+    images = {key: about[key] for key in ("n_train", "n_test", "image_size", "holdout")}
+    result = dict(
+        schema=1,
+        method=checkpoint["method"],
+        data=images | dict(name=data, classes=len(about["classes"])),
+        data_sha256=about["sha256"],
+        checkpoint_sha256=hashlib.sha256((run / "pretrain.pt").read_bytes()).hexdigest(),
+        script_sha256=hashlib.sha256(source).hexdigest(),
+        config=without(checkpoint["config"], LOCAL),
+        machine=checkpoint["machine"],
+        evaluations={},  # with few labels, fine-tuned, supervised: one for each folder
+    )
     for name, path in (("probe", run / "linear.pt"), ("random_probe", run / "random/linear.pt")):
         if linear := load(path):
-            how = {"config": settings(linear["config"]), "machine": linear["machine"]}
-            result[name] = linear["result"] | how
-    result["evaluations"] = {}  # those of few labels, fine-tuned, supervised: a folder each
+            result[name] = evaluation(linear)
     for path in sorted(run.glob("*/linear.pt")):
         if path.parent.name != "random":
-            linear = load(path)
-            how = {"config": settings(linear["config"]), "machine": linear["machine"]}
-            result["evaluations"][path.parent.name] = linear["result"] | how
-            along = path.parent / "along.jsonl"
-            if along.exists():
-                rows = [json.loads(row) for row in along.read_text().splitlines()][1:]
-                result["evaluations"][path.parent.name]["along"] = rows
-    rows = run / "knn.jsonl"
-    rows = [json.loads(row) for row in rows.read_text().splitlines()] if rows.exists() else []
-    result["knn"] = [
-        {k: v for k, v in row.items() if k not in ("checkpoint", "data")} for row in rows
-    ]
-    return result | {"history": checkpoint["history"]}
+            along = rows_of(path.parent / "along.jsonl")[1:]
+            more = dict(along=along) if along else {}
+            result["evaluations"][path.parent.name] = evaluation(load(path)) | more
+    result["knn"] = [without(row, ("checkpoint", "data")) for row in rows_of(run / "knn.jsonl")]
+    return result | dict(history=checkpoint["history"])
+
+
+def published(folder=ROOT / "results"):
+    """The contents of all files"""
+    files = sorted(folder.glob("*.json"))
+    stale = [any(fnmatch.fnmatch(file.stem, pattern) for pattern in STALE) for file in files]
+    return [json.loads(file.read_text()) | dict(stale=old) for file, old in zip(files, stale)]
+
+
+# %% From the files to the rows
+def grouped(results):
+    """Lists of runs that differ only in their seed: real images first, and most of them first"""
+    groups = {}
+    for result in results:
+        if "history" in result:
+            where = result["machine"]["device"], result["machine"]["precision"]
+            config = without(result["config"], ["seed"])
+            key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
+            groups.setdefault(key, []).append(result)
+
+    def place(group):
+        return not is_real(group), -group[0]["data"]["n_train"], -mean_knn(group)
+
+    return sorted(groups.values(), key=place)
+
+
+def is_real(group):
+    return "shapes" not in group[0]["data"]["name"]
+
+
+def knn(group, what=None):
+    """Accuracies of the method itself or of a baseline, one for each run that has it"""
+    found = []
+    for run in group:
+        rows = [row for row in run["knn"] if row["what"] == (what or run["method"])]
+        if rows := [row for row in rows if row.get("features") != "head"]:
+            found.append(rows[-1]["correct"] / rows[-1]["n_test"])
+        elif not what and run["history"]:  # the run's own monitor
+            found.append(run["history"][-1]["knn_top1"])
+    return found
+
+
+def mean_knn(group):
+    return statistics.mean(knn(group) or [0])
+
+
+def probe(group, name="probe"):
+    """Top-1 accuracies, but not of probes whose test loss exceeds that of guessing: their learning
+    rate was too high.
+    """
+    found = [(run[name], math.log(run["data"]["classes"])) for run in group if name in run]
+    return [p["correct"]["top1"] / p["n_test"] for p, guess in found if p["test_loss"] < guess]
 
 
 def show(values):
     """Fractions -> mean ± standard deviation, in percent; or the one value that all are"""
     values = [100 * value for value in values]
-    if len(set(values)) == 1:
-        return f"{values[0]:.1f}"
+    if len(set(values)) < 2:
+        return f"{values[0]:.1f}" if values else ""
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def grouped(results):
-    """Lists of the runs that differ in nothing but their seed"""
-    groups = {}
-    for result in results:
-        if "history" not in result:
-            continue
-        config = {key: value for key, value in result["config"].items() if key != "seed"}
-        where = result["machine"]["device"], result["machine"]["precision"]
-        key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
-        groups.setdefault(key, []).append(result)
-    return groups.values()
+def machine_of(result):
+    machine = result["machine"]
+    name = machine.get("name") or machine["device"]
+    return f"{name}, {machine['threads']} threads, {machine['precision'].removeprefix('torch.')}"
 
 
-def name_of(result):
-    """The method, and what of Fast-MoCo's variants it was"""
-    config, name = result["config"], result["method"]
-    if name != "fast-moco":
-        return name
-    parts = [config["framework"]] if config["framework"] != "moco" else []
-    parts += [config["encode"]] if config["encode"] != "divide-combine" else []
-    return ", ".join([name, *parts])
+def cells_of(group):
+    """What tables say of a group, by column"""
+    run, config, name = group[0], group[0]["config"], group[0]["method"]
+    if name == "fast-moco":  # which of its variants
+        name += f", {config['framework']}" if config["framework"] != "moco" else ""
+        name += f", {config['encode']}" if config["encode"] != "divide-combine" else ""
+    return {
+        "method": name + " (stale)" * any(run.get("stale") for run in group),
+        "images": f"{run['data']['name']}, {run['data']['n_train']:,}",
+        "encoder": f"{config['arch']}, width {config['width']}",
+        "epochs": config["epochs"],
+        "seeds": len(group),
+        "k-NN %": show(knn(group)),
+        "probe %": show(probe(group)),
+        "pixels k-NN %": show(knn(group, "pixels")),
+        "untrained k-NN %": show(knn(group, "random")),
+        "minutes": f"{statistics.median(run['machine']['seconds'] for run in group) / 60:.1f}",
+        "machine": machine_of(run),
+        "date": run["machine"]["started"][:10],
+        "commit": run["machine"]["commit"][:7],
+    }
 
 
-def data_of(result):
-    return f"{result['data']['name']}, {result['data']['n_train']:,} images"
+def command_of(group):
+    """The command that repeats the first of the runs, with the scripts as they are now"""
+    script, config = SCRIPTS[group[0]["method"]], group[0]["config"]
+    words = ["python", f"{script}.py"] + ["--data", "data/shapes.npz"] * (not is_real(group))
+    for name, usual in dataclasses.asdict(importlib.import_module(script).Config()).items():
+        value = config.get(name, usual)
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in WITHOUT_EFFECT and value != usual:
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+                continue
+            words += [
+                f"--{flag}",
+                ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
+            ]
+    return " ".join([*words, "--seed", str(config["seed"])])
 
 
-def row_of(cells):
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+# %% From the rows to the tables
+def markdown(rows, columns=None):
+    """A Markdown table of dicts with the same keys, or of some of the keys"""
+    columns = columns or [*rows[0]]
+    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def table(results):
-    """A row for the runs that differ in nothing but their seed"""
-    lines = [
-        "| method | data | encoder | epochs | seeds | k-NN % | probe top-1 % | pixels k-NN % "
-        "| random encoder k-NN, probe % | minutes | on |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for group in grouped(results):
-        result, config = group[0], group[0]["config"]
+def with_commands(groups, columns=None):
+    """A table of groups, its rows numbered, and the command of each row"""
+    rows = [{"": i} | cells_of(group) for i, group in enumerate(groups, 1)]
+    commands = [f"{command_of(group)}  # {i}" for i, group in enumerate(groups, 1)]
+    return "\n".join([markdown(rows, columns), "", "```", *commands, "```"])
 
-        def knn(what, group=group):
-            values = []
-            for r in group:
-                rows = [row for row in r["knn"] if row["what"] == what]
-                if not rows and what == r["method"] and r["history"]:  # the run's own monitor
-                    values.append(r["history"][-1]["knn_top1"])
-                values += [row["correct"] / row["n_test"] for row in rows]
-            return show(values) if values else ""
 
-        def probe(name, group=group):
-            rows = [r[name] for r in group if name in r]
-            return show([row["correct"]["top1"] / row["n_test"] for row in rows]) if rows else ""
+def table_of_runs(results):
+    """All runs, a row for those that differ only in their seed"""
+    return with_commands(grouped(results))
 
-        data = data_of(result)
-        minutes = statistics.median(r["machine"]["seconds"] for r in group) / 60
-        machine = result["machine"]
-        device = f"{machine['device']}, {machine['threads']} threads, "
-        device += machine["precision"].removeprefix("torch.")
-        cells = [name_of(result), data, f"{config['arch']}, width {config['width']}"]
-        cells += [
-            config["epochs"],
-            len(group),
-            knn(result["method"]),
-            probe("probe"),
-            knn("pixels"),
-        ]
-        untrained = ", ".join(filter(None, [knn("random"), probe("random_probe")]))
-        cells += [untrained, f"{minutes:.1f}", device]
-        lines.append(row_of(cells))
-    return "\n".join(lines)
+
+def table_of_best(results):
+    """At most six rows: of each method the best run on real images, then on synthetic ones"""
+    best = {}
+    for group in sorted(grouped(results), key=lambda group: (not is_real(group), -mean_knn(group))):
+        if not any(run.get("stale") for run in group):
+            best.setdefault((is_real(group), cells_of(group)["method"]), group)
+    columns = ["", "method", "images", "encoder", "epochs", "k-NN %", "probe %"]
+    columns += ["pixels k-NN %", "untrained k-NN %", "minutes"]
+    return with_commands([*best.values()][:6], columns)
 
 
 LABELS = {  # folder of an evaluation: what it is, and the SimCLR course report's top-1 and top-3
@@ -160,85 +234,68 @@ LABELS = {  # folder of an evaluation: what it is, and the SimCLR course report'
 
 def table_of_labels(results):
     """What is reached with a part of the labels: the SimCLR report's Table 1 and more"""
-    lines = [
-        "| pretraining | data | encoder, epochs | evaluation | labels | seeds | top-1 % | top-3 % "
-        "| the report's (ResNet-50, all of CIFAR-10) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for group in grouped(results):
-        result, config = group[0], group[0]["config"]
-        for folder in result.get("evaluations", {}):
+        for folder in group[0].get("evaluations", {}):
             kind, _, share = folder.rpartition("-") if folder[-1].isdigit() else (folder, "", "1")
-            if kind not in LABELS:
-                continue
-            what, report = LABELS[kind]
             found = [r["evaluations"][folder] for r in group if folder in r["evaluations"]]
-            data = data_of(result)
-            encoder = f"{config['arch']}, width {config['width']}, {config['epochs']}"
-            labels = f"{found[0].get('n_labels', '')} ({100 * float(share):g} %)"
-            tops = [
-                show([e["correct"][top] / e["n_test"] for e in found]) for top in ("top1", "top3")
-            ]
-            cells = [name_of(result), data, encoder, what, labels, len(found), *tops, report]
-            lines.append(row_of(cells))
-    return "\n".join(lines)
+            if kind in LABELS:
+                cells = cells_of(group)
+                row = {name: cells[name] for name in ("method", "images", "encoder", "epochs")}
+                row |= {"evaluation": LABELS[kind][0], "labels": f"{100 * float(share):g}%"}
+                row |= {"seeds": len(found)}
+                for k in (1, 3):
+                    values = [each["correct"][f"top{k}"] / each["n_test"] for each in found]
+                    row[f"top-{k} %"] = show(values)
+                rows.append(row | {"the report, ResNet-50": LABELS[kind][1]})
+    return markdown(rows)
 
 
 def table_of_speed(results):
     """What tools/bench.py has found of each method, at each batch size on each machine"""
-    latest, bench = {}, [result for result in results if result.get("kind") == "bench"]
+    latest, rows = {}, []
+    bench = [result for result in results if result.get("kind") == "bench"]
     for result in sorted(bench, key=lambda result: result["machine"]["started"]):
-        how, machine = result["settings"], result["machine"]
-        device = f"{machine['name']}, {machine['threads']} threads, "
-        device += machine["precision"].removeprefix("torch.")
+        how, machine = result["settings"], machine_of(result) + " (stale)" * result["stale"]
+        encoder = f"{how['arch']}, width {how['width']}" + ", --compile" * how["compile"]
         for method, found in result["methods"].items():
-            encoder = f"{how['arch']}, width {how['width']}" + ", --compile" * how["compile"]
-            key = method, encoder, how["batch_size"], device
+            key = method, encoder, how["batch_size"], machine
             latest[key] = found, how["end_to_end_batch_size"]
-    lines = [
-        "| method | encoder | batch | images/s | of the matrix rate | beside | step "
-        "| with the data | at batch | peak memory | on |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (method, encoder, batch_size, device), (found, other_size) in sorted(latest.items()):
-        rivals = {ratio["to"]: {} for ratio in found["ratios"]} or {"": {}}
+    for (method, encoder, batch_size, machine), (found, other_size) in sorted(latest.items()):
+        references = {ratio["to"]: {} for ratio in found["ratios"]} or {"": {}}
         for ratio in found["ratios"]:
-            rivals[ratio["to"]][ratio["of"]] = f"{ratio['median']:.2f} ×"
-        rate, share = found["step"]["ours"]["median"], found["share_of_matrix_rate"]
-        for rival, ratios in rivals.items():
-            step, data, peak = (ratios.get(k, "") for k in ("step", "end_to_end", "peak_bytes"))
-            cells = [method, encoder, batch_size, f"{rate:.1f}", f"{share:.0%}", rival, step, data]
-            lines.append(row_of([*cells, other_size if data else "", peak, device]))
-    return "\n".join(lines)
+            references[ratio["to"]][ratio["of"]] = f"{ratio['median']:.2f} ×"
+        for reference, ratios in references.items():
+            row = {"method": method, "encoder": encoder, "batch": batch_size}
+            row |= {"images/s": f"{found['step']['ours']['median']:.1f}"}
+            row |= {"of peak matmul": f"{found['share_of_matrix_rate']:.0%}"}
+            row |= {"reference": reference, "step": ratios.get("step", "")}
+            row |= {"with the data": ratios.get("end_to_end", "")}
+            row |= {"at batch": other_size if "end_to_end" in ratios else ""}
+            rows.append(row | {"peak memory": ratios.get("peak_bytes", ""), "machine": machine})
+    return markdown(rows)
 
 
-def replace_table(text, results):
-    """README text with the tables between their markers rebuilt"""
-    for name, function in TABLES.items():
+def rebuild(text, names, results):
+    """A page's text with the tables between its markers made anew"""
+    for name in names:
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin in text:
-            before, _, rest = text.partition(begin)
-            _, _, after = rest.partition(end)
-            text = f"{before}{begin}\n{globals()[function](results)}\n{end}{after}"
+        before, rest = text.split(begin)
+        after = rest.split(end)[1]
+        text = f"{before}{begin}\n{globals()[f'table_of_{name}'](results)}\n{end}{after}"
     return text
-
-
-def published(folder=ROOT / "results"):
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
-    parser.add_argument(
-        "--data", help="what to call the images: the folder's name means nothing here"
-    )
+    parser.add_argument("--data", help="what to call the images: a file's name means nothing")
     args = parser.parse_args()
     if args.runs and not args.data:
         parser.error("say with --data what the images are")
     for run in args.runs:
-        result = collect(run, args.data)
-        (ROOT / "results" / f"{run.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    readme = ROOT / "README.md"
-    readme.write_text(replace_table(readme.read_text(), published()))
+        file = ROOT / "results" / f"{run.name}.json"
+        file.write_text(json.dumps(collect(run, args.data), indent=1) + "\n")
+    for page, names in PAGES.items():
+        (ROOT / page).write_text(rebuild((ROOT / page).read_text(), names, published()))
