@@ -609,9 +609,8 @@ def cache_folder(path, root, size):
                 except Exception as error:  # a foreign file can raise anything
                     raise UserError(f"{file} is not a readable image: {error}") from None
                 images[i] = image.resize((size, size))
-        np.savez(buffer := io.BytesIO(), classes=classes, **arrays)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cache, buffer.getbuffer())
+        write_atomic(cache, lambda file: np.savez(file, classes=classes, **arrays))
     return str(cache)
 
 
@@ -667,11 +666,13 @@ def knn_accuracy(encoder, data, config, autocast, k, temperature=0.1):
 
 # %% Checkpoints
 def write_atomic(path, content, previous=None):
-    """Write, then rename: a crash never leaves half a file. The old file becomes `previous`."""
+    """Write, then rename: a crash never leaves half a file. The old file becomes `previous`.
+    content: bytes, or a function that writes them to a file
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
