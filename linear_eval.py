@@ -9,11 +9,11 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
 
 No learning rate suits every encoder: the gradient of the layer grows with the features, so larger
 features need a smaller rate. MoCo's own probe uses 30 (for ImageNet), which suits the synthetic
-shapes of `make demo`. On CIFAR-10 it is mostly too high: the weights jump about instead of settling
-and the logits grow huge. A SimCLR encoder, 5,000 images: 34.6% at rate 30, with a test loss of 22.6
-where guessing gives ln 10 = 2.3, but 39.6% at 0.3. So by default eight rates are tried side by side
-on 90% of the training images; the one that is best on the other 10% then trains a new layer on all
-of them. Recipes that follow a paper or report keep its rate.
+shapes of `make demo`. On CIFAR-10 it is mostly too high: the weights jump about and the logits grow
+huge. A SimCLR encoder, 5,000 images: 34.6% at rate 30, with a test loss of 22.6 where guessing has
+ln 10 = 2.3, but 39.6% at 0.3. So by default eight rates are tried side by side on 90% of the
+training images. The one that is best on the other 10% then trains a new layer on all of them.
+Recipes that follow a paper or report keep its rate.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 
@@ -23,8 +23,7 @@ Two more modes ask other questions. Quoting their accuracies as "linear" is a co
 
 With --labels 0.1 each mode learns from the same tenth of the labels. The accuracy reported is that
 of the last epoch on the test set; nothing is chosen by looking at it. To compare settings, pretrain
-with --holdout 5000: those images then replace the test set. With 10 classes, guessing has a top-5
-accuracy of 50%.
+with --holdout 5000: those images replace the test set. Of 10 classes, top-5 is 50% by chance.
 
     python linear_eval.py runs/moco                     # the best of eight learning rates
     python linear_eval.py runs/moco --recipe demo       # MoCo's own probe, learning rate 30
@@ -269,12 +268,11 @@ def choose_lr(encoder, data, config, autocast, scaler):
         logits, labels = predict(encoder, layer, x[data.held], config, autocast), y[data.held]
         finite = logits.isfinite().all() and F.cross_entropy(logits, labels).isfinite()
         rates.append({"lr": lr, "top1": topk_accuracy(logits, labels)[0] if finite else None})
+        print(f"lr {lr:g}:", f"top-1 {rates[-1]['top1']:.2%}" if finite else "diverged")
     if not (good := [row for row in rates if row["top1"] is not None]):
         raise UserError("training diverged at each learning rate: lower --lr", 3)
     best = max(good, key=lambda row: row["top1"])["lr"]  # the first of equals
-    found = {row["lr"]: f"{row['top1']:.1%}" if row in good else "diverged" for row in rates}
-    found = ", ".join(f"lr {lr:g} {top1}" for lr, top1 in found.items())
-    print(f"top-1 on {len(labels)} held-out training images: {found}; chosen: {best:g}", flush=True)
+    print(f"lr {best:g} is best on the {len(labels)} training images held out", flush=True)
     return best, rates
 
 
@@ -543,19 +541,19 @@ def start_device(config):
     """Join the other processes, if torchrun started any -> the device, and its fastest dtype"""
     name, fast, rank = config.device, "fp32", os.environ.get("LOCAL_RANK")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name.startswith("cuda") and rank:
         name = f"cuda:{rank}"  # one GPU per process
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        text = f"--device {name} is not available here, cpu is; there are"
-        raise UserError(f"{text} {torch.cuda.device_count()} CUDA devices") from None
+        raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
-        fast = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
         # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
@@ -582,17 +580,18 @@ def shard(batch):
 
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
+
+    def ask(command):
+        return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
+
     folder = Path(__file__).parent if "__file__" in globals() else "."
-    git, name, commit = f"git -C {folder} describe --always --dirty --abbrev=40", "", ""
-    with contextlib.suppress(OSError, TypeError):
-        commit = subprocess.run(git.split(), capture_output=True, text=True).stdout.strip()
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    commit = ask(f"git -C '{folder}' describe --always --dirty --abbrev=40")
+    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    machine = dict(device=f"{device} {name or platform.machine()}", precision=str(dtype))
-    machine |= dict(threads=torch.get_num_threads(), processes=process_count(), seed=seed)
+    machine = dict(device=f"{device} {name}", precision=str(dtype), commit=commit, seed=seed)
+    machine |= dict(threads=torch.get_num_threads(), processes=process_count())
     machine |= dict(torch=str(torch.__version__), python=platform.python_version())
-    return machine | dict(commit=commit, started=started)
+    return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
 # %% Command line
@@ -746,13 +745,11 @@ def find_kept(path, every, last):
     """The checkpoints of every so many epochs, those before the last one"""
     files = [file for file in Path(path).glob("epoch*.pt") if file.stem[5:].isdecimal()]
     files = {int(file.stem[5:]): file for file in files}
-    kept = [
-        files[epoch] for epoch in sorted(files) if every and epoch < last and epoch % every == 0
-    ]
-    if every and not kept:
+    epochs = [e for e in sorted(files) if every and e < last and e % every == 0]
+    if every and not epochs:
         why = f"--probe-every {every}: no checkpoint of such an epoch in {path}"
         raise UserError(f"{why}; it takes the folder of a run pretrained with --keep-every")
-    return kept
+    return [files[e] for e in epochs]
 
 
 def read_along(path, head):
@@ -775,8 +772,8 @@ def learn(encoder, data, config, device, dtype):
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    learns, before = encoder_learns(config), fingerprint(encoder)
-    scaler = torch.amp.GradScaler(device.type, enabled=learns and dtype == torch.float16)
+    scaled = dtype == torch.float16 and encoder_learns(config)
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     data, more = prepare(encoder, data, config, autocast), dict(data.labels)
     if len(config.lr) > 1:
         best, more["rates"] = choose_lr(encoder, data, config, autocast, scaler)
@@ -788,8 +785,6 @@ def learn(encoder, data, config, device, dtype):
     more["correct"] = {k: round(result[k] * len(labels)) for k in ("top1", "top3", "top5")}
     per_class = [right[labels == c].double().mean().item() for c in range(logits.shape[1])]
     more["per_class"] = [None if math.isnan(x) else x for x in per_class]  # None: no image of it
-    if not learns and fingerprint(encoder) != before:
-        raise UserError("the encoder has changed, so this was no probe; please report it", 3)
     learned = dict(encoder=encoder.state_dict(), classifier=classifier.state_dict())
     learned |= dict(history=history, result=result | more)
     return learned | dict(encoder_sha256=fingerprint(encoder))
@@ -801,10 +796,9 @@ def report(result, config):
     top = ", ".join(f"top-{k} {result[f'top{k}']:.2%}" for k in (1, 3, 5))
     print(f"{top}, loss {loss:.4f} on {result['n_test']} images", flush=True)
     if config.epochs and loss > math.log(classes):
+        several = f"choose among lower ones with --lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}"
+        remedy = several if config.mode == "probe" else "lower --lr"
         why = f"the test loss is above ln({classes}) = {math.log(classes):.2f}, that of guessing"
-        remedy = "lower --lr"
-        if config.mode == "probe":
-            remedy = f"let it choose among lower ones, --lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}"
         print(f"warning: {why}: learning rate {lr:g} is too high here; {remedy}", file=sys.stderr)
 
 
@@ -844,6 +838,8 @@ def measure(path, config):
         machine = describe_machine(device, dtype, config.seed)
         learned = learn(encoder, data, settings, device, dtype)
         machine["seconds"], result = time.monotonic() - start, learned["result"]
+        if learned["encoder_sha256"] != mark and not encoder_learns(config):
+            raise UserError("the encoder has changed, so this was no probe; please report it", 3)
         report(result, config)
         pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
         head |= dict(pretrain=pretrain, machine=machine)
@@ -856,6 +852,7 @@ def measure(path, config):
     checkpoint |= dict(epoch=config.epochs, epochs=config.epochs, dim=encoder.dim)
     checkpoint |= dict(arch=saved["arch"], width=saved["width"])
     save_checkpoint(out / "linear.pt", checkpoint)
+    print(f"saved {out / 'linear.pt'}")
     return str(file.parent if file.parent in (out, *out.parents) else out)
 
 
@@ -889,20 +886,20 @@ def main(argv=None):
         check_together(config)
         folders = [measure(path, config) for path in config.checkpoints]
         print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except (torch.OutOfMemoryError, MemoryError):
-        remedy = "lower --batch-size, take fewer images with --limit, or use --device cpu"
-        print(f"error: out of memory: {remedy}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
+        message, code = error, error.code
     except KeyboardInterrupt:
-        print("error: interrupted; the same command starts again", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "interrupted; the same command starts again", 130
+    except OSError as error:
+        message, code = error, 4
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and "DefaultCPUAllocator" not in str(error):
+            raise
+        message, code = "out of memory: lower --batch-size or --limit, or use --device cpu", 2
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

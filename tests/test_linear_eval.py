@@ -59,12 +59,6 @@ def test_topk_counts_labels_with_fewer_than_k_better(scored):
     assert topk_accuracy(logits, labels) == right
 
 
-def test_topk_is_sklearns(scored):
-    metrics = pytest.importorskip("sklearn.metrics")
-    right = [metrics.top_k_accuracy_score(scored[1], scored[0], k=k) for k in (1, 3, 5)]
-    assert topk_accuracy(*scored) == pytest.approx(right, abs=1e-9)
-
-
 @pytest.mark.parametrize("classes", [2, 3, 4])
 def test_topk_of_fewer_than_five_classes(classes):
     logits, labels = torch.randn(50, classes), torch.randint(0, classes, (50,))
@@ -108,10 +102,8 @@ def test_lars_is_you_et_al(decay):
     random = torch.Generator().manual_seed(1)
     for i, row in enumerate(path):
         for j, w in enumerate(mine):
-            g, rate = (
-                torch.randn(w.shape, generator=random, dtype=torch.float64),
-                0.8 * (1 - i / 10),
-            )
+            g = torch.randn(w.shape, generator=random, dtype=torch.float64)
+            rate = 0.8 * (1 - i / 10)
             if w.ndim > 1:  # no vectors
                 norms = w.square().sum().sqrt(), g.square().sum().sqrt()
                 rate *= 0.02 * norms[0] / (norms[1] + decay * norms[0])
@@ -119,18 +111,6 @@ def test_lars_is_you_et_al(decay):
             velocity[j] = 0.9 * velocity[j] + rate * g
             mine[j] = w - velocity[j]
             close(row[j], mine[j], 1e-12)
-
-
-@pytest.mark.parametrize("peer", ["timm.optim.lars.Lars", "lightly.utils.lars.LARS"])
-def test_lars_is_the_peers_on_matrices_at_a_constant_rate(peer):
-    module, name = peer.rsplit(".", 1)
-    settings = dict(lr=0.8, momentum=0.9, weight_decay=0.01)
-    ours = make_weights()[::2]
-    theirs = [nn.Parameter(w.detach().clone()) for w in ours]
-    peers = getattr(pytest.importorskip(module), name)(theirs, **settings)
-    for a, b in zip(walk(ours, LARS(ours, **settings), 5), walk(theirs, peers, 5)):
-        for x, y in zip(a, b):
-            close(x, y, 2e-8)  # their epsilon
 
 
 def test_lars_starts_from_zero_weights():
@@ -222,27 +202,29 @@ def train(encoder, data, **changes):
     return linear_eval.train_linear(encoder, data, config, fp32, UNSCALED)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        dict(lr=(30.0,)),
-        dict(lr=(10.0,), schedule="cosine"),
-        dict(optimizer="lars", lr=(30.0,), schedule="cosine"),
-    ],
-    ids=["sgd step", "sgd cosine", "lars"],
-)
-def test_probe_finds_the_optimum_of_logistic_regression(problem, recipe):
-    linear_model = pytest.importorskip("sklearn.linear_model")
+@pytest.mark.parametrize("flags", ["", "lr schedule", "optimizer lr schedule"])
+def test_probe_finds_the_optimum_of_logistic_regression(problem, flags):
+    """That is a convex problem: L-BFGS in float64 finds the classifier of the smallest loss."""
     encoder, data = problem
-    h, h_test = (
-        linear_eval.extract_features(encoder, x, settings(), fp32).numpy()
-        for x in (data.x_train, data.x_test)
-    )
-    peer = linear_model.LogisticRegression(C=1e6, max_iter=5000).fit(h, data.y_train)
-    right = peer.score(h_test, data.y_test)
+    parts = (data.x_train, data.x_test)
+    h, h_test = (linear_eval.extract_features(encoder, x, settings(), fp32) for x in parts)
+    best = nn.Linear(8, 5).double()
+    lbfgs = torch.optim.LBFGS(best.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss():
+        lbfgs.zero_grad()
+        value = F.cross_entropy(best(h.double()), data.y_train)
+        value.backward()
+        return value
+
+    lbfgs.step(loss)
+    right = (best(h_test.double()).argmax(1) == data.y_test).double().mean().item()
     assert 0.4 < right < 0.9  # a problem in which there is something to lose
+    recipe = dict(lr=(30.0,), schedule="cosine", optimizer="lars")
+    recipe = {"lr": (10.0,)} | {name: recipe[name] for name in flags.split()}
     _, history = train(*problem, **recipe)
     assert history[-1]["top1"] == pytest.approx(right, abs=0.005 + 1e-9)
+    assert history[-1]["loss"] == pytest.approx(loss().item(), abs=0.01)
 
 
 @pytest.mark.parametrize("batch_size", [7, 256, 1500])
@@ -289,11 +271,7 @@ def test_only_the_linear_layer_is_in_the_optimizer(probe, monkeypatch):
 
 
 FROZEN = ["", "--augment", "--recipe fast-moco", "--optimizer adam --lr 0.01 --labels 0.5"]
-FROZEN += [
-    "--lr 1,10",
-    "--recipe semi-1 --labels 0.1",
-    "--recipe semi-10 --mode probe",
-]
+FROZEN += ["--lr 1,10", "--recipe semi-1 --labels 0.1", "--recipe semi-10 --mode probe"]
 FROZEN += ["--mode finetune --encoder-lr 0 --no-augment"]
 
 
@@ -374,8 +352,8 @@ def test_the_augmentation_is_a_random_crop_and_half_of_them_flipped(spy):
 
 # -- what it writes
 
-KEYS = "format kind method epoch epochs config data arch width dim encoder classifier history"
-KEYS = set(f"{KEYS} source machine".split())
+KEYS = """format kind method epoch epochs config data arch width dim encoder classifier history
+    source machine""".split()
 
 
 @pytest.fixture(scope="module")
@@ -393,16 +371,9 @@ def linear(written):
 
 
 def test_linear_pt_has_what_the_contract_says(linear):
-    assert linear.keys() >= KEYS
-    assert (linear["format"], linear["kind"], linear["method"]) == (
-        "contrastive-cifar/1",
-        "linear",
-        "moco",
-    )
-    assert linear["epoch"] == linear["epochs"] == 3
-
-
-def test_classifier_is_a_linear_layer_from_features_to_classes(linear):
+    assert linear.keys() >= set(KEYS) and linear["epoch"] == linear["epochs"] == 3
+    first = [linear[key] for key in ("format", "kind", "method")]
+    assert first == ["contrastive-cifar/1", "linear", "moco"]
     shapes = {name: tuple(value.shape) for name, value in linear["classifier"].items()}
     assert shapes == {"weight": (10, linear["dim"]), "bias": (10,)}
 
@@ -433,27 +404,20 @@ def test_log_has_a_head_a_line_an_epoch_and_the_result(written, linear):
     assert end["result"] == linear["result"]
 
 
-def test_again_gives_the_same_to_the_last_bit(probe, linear):
-    again = probe()
+def test_again_gives_the_same_to_the_last_bit_but_another_seed_does_not(probe, linear):
+    again, other = probe(), probe("--seed", "1")
     assert again["result"] == linear["result"]
     for name, value in linear["classifier"].items():
         assert torch.equal(again["classifier"][name], value)
-
-
-def test_another_seed_gives_another_classifier(probe, linear):
-    other = probe("--seed", "1")["classifier"]["weight"]
-    assert not torch.equal(other, linear["classifier"]["weight"])
+        assert not torch.equal(other["classifier"][name], value)
+    one, two = (probe("--mode", "finetune", "--labels", "0.5") for _ in range(2))
+    assert one["encoder_sha256"] == two["encoder_sha256"] and one["result"] == two["result"]
 
 
 def test_no_epochs_measure_the_untrained_classifier(probe):
     saved = probe("--epochs", "0")
     assert saved["history"] == [] and (saved["classifier"]["bias"] == 0).all()
     assert saved["result"]["test_loss"] == pytest.approx(math.log(10), abs=0.2)
-
-
-def test_limit_and_holdout_are_taken_over_or_given(probe):
-    data = probe("--limit", "50", "--holdout", "20")["data"]
-    assert (data["n_train"], data["n_test"], data["holdout"]) == (50, 20, 20)
 
 
 def test_a_class_that_no_test_image_is_of_leaves_the_log_readable(probe, tmp_path):
@@ -474,13 +438,16 @@ def test_a_class_that_no_test_image_is_of_leaves_the_log_readable(probe, tmp_pat
 # -- with the encoder
 
 
-def by_hand(encoder, data, optimizer, epochs, batch):
+def by_hand(encoder, data, kind, settings, epochs, batch):
     """What fine-tuning is, written down once more: all learn, batch norm in training mode"""
     torch.manual_seed(0)
     classifier = nn.Linear(encoder.dim, 10)
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
-    optimizer = optimizer(encoder.requires_grad_(True).train(), classifier)
+    encoder.requires_grad_(True).train()
+    groups = [{"params": classifier.parameters()}, {"params": encoder.parameters()}]
+    groups[1]["lr"] = 0.2 * settings["lr"]
+    optimizer = kind(groups, **settings)
     for _ in range(epochs):
         for rows in torch.randperm(len(data.y_train)).split(batch):
             h = encoder((data.x_train[rows] / 255 - 0.5) / 0.5)
@@ -490,31 +457,12 @@ def by_hand(encoder, data, optimizer, epochs, batch):
     return {**encoder.state_dict(), **classifier.state_dict()}
 
 
-def peers(encoder_lr, **settings):
-    """optimizer -> one of its kind with two groups, from the encoder and the classifier"""
-
-    def make(kind):
-        return lambda encoder, classifier: kind(
-            [{"params": classifier.parameters()}]
-            + [{"params": encoder.parameters(), "lr": encoder_lr}],
-            **settings,
-        )
-
-    return make
-
-
 SGD = dict(weight_decay=1e-3, momentum=0.8)
 FINE = {
-    "sgd": (dict(lr=(0.1,)), peers(0.02, lr=0.1, **SGD)(torch.optim.SGD)),
-    "nesterov": (
-        dict(lr=(0.1,), nesterov=True),
-        peers(0.02, lr=0.1, nesterov=True, **SGD)(torch.optim.SGD),
-    ),
-    "adam": (
-        dict(lr=(1e-3,), optimizer="adam"),
-        peers(2e-4, lr=1e-3, weight_decay=1e-3)(torch.optim.Adam),
-    ),
-    "lars": (dict(lr=(3.0,), optimizer="lars"), peers(0.6, lr=3.0, **SGD)(LARS)),
+    "sgd": (torch.optim.SGD, dict(lr=0.1, **SGD)),
+    "nesterov": (torch.optim.SGD, dict(lr=0.1, nesterov=True, **SGD)),
+    "adam": (torch.optim.Adam, dict(lr=1e-3, weight_decay=1e-3)),
+    "lars": (LARS, dict(lr=3.0, **SGD)),
 }
 
 
@@ -528,11 +476,11 @@ def images(tiny_npz):
 
 @pytest.mark.parametrize("kind", FINE)
 def test_finetuning_is_training_everything_each_part_at_its_rate(pretrained, images, kind):
-    changes, optimizer = FINE[kind]
     _, encoder = load_encoder(pretrained / "pretrain.pt")
-    right = by_hand(copy.deepcopy(encoder), images, optimizer, epochs=2, batch=50)
+    right = by_hand(copy.deepcopy(encoder), images, *FINE[kind], epochs=2, batch=50)
     more = dict(mode="finetune", epochs=2, batch_size=50, encoder_lr=0.2, schedule="step")
-    more |= dict(weight_decay=1e-3, sgd_momentum=0.8, lr_decay=1.0) | changes
+    more |= dict(weight_decay=1e-3, sgd_momentum=0.8, lr_decay=1.0, lr=(FINE[kind][1]["lr"],))
+    more |= dict(optimizer="sgd", nesterov=True) if kind == "nesterov" else dict(optimizer=kind)
     (classifier,), _ = train(encoder, images, **more)
     for name, value in {**encoder.state_dict(), **classifier.state_dict()}.items():
         assert torch.allclose(value, right[name], atol=2e-5), name
@@ -560,11 +508,6 @@ def test_what_the_encoder_starts_from(probe, pretrained, mode, init):
         assert torch.equal(value, start[name]) != moved, name
     methods = {("finetune", ""): "moco", ("finetune", "random"): "random"}
     assert saved["method"] == methods.get((mode, init), "supervised")
-
-
-def test_finetuning_again_gives_the_same_to_the_last_bit(probe):
-    one, two = (probe("--mode", "finetune", "--labels", "0.5") for _ in range(2))
-    assert one["encoder_sha256"] == two["encoder_sha256"] and one["result"] == two["result"]
 
 
 @pytest.mark.parametrize("mode", ["finetune", "supervised"])
@@ -599,13 +542,10 @@ def test_labels_are_equally_many_of_each_class(share, each):
     assert (rows.diff() > 0).all()  # sorted, each once
 
 
-def test_labels_all_of_them():
-    labels = torch.tensor([0] * 7 + [1] * 2 + [2])
-    assert linear_eval.choose_labels(labels, 1.0, 5).tolist() == list(range(10))
-
-
-def test_labels_of_a_small_class_are_taken_as_far_as_there_are():
+def test_labels_of_unequal_classes():
+    """All of them; or equally many, of a small class as many as there are"""
     labels = torch.tensor([0] * 90 + [1] * 10)
+    assert linear_eval.choose_labels(labels, 1.0, 5).tolist() == list(range(100))
     assert labels[linear_eval.choose_labels(labels, 0.5, 0)].bincount().tolist() == [40, 10]
 
 
@@ -634,6 +574,8 @@ def test_every_mode_learns_from_the_same_labels(probe, images, spy, mode):
 def test_labels_are_a_share_of_what_holdout_and_limit_leave(probe):
     saved = probe("--labels", "0.5", "--holdout", "40", "--limit", "60")
     assert (saved["result"]["n_labels"], saved["result"]["n_test"]) == (30, 40)
+    data = saved["data"]
+    assert (data["n_train"], data["n_test"], data["holdout"]) == (60, 40, 40)
 
 
 # -- several learning rates
@@ -674,7 +616,7 @@ def test_by_default_the_rate_is_chosen_where_30_fails(strong, capsys):
     assert [row["lr"] for row in rates] == list(Config().lr) and max(Config().lr) == 30
     best = max(row["top1"] for row in rates)
     assert chosen == next(row["lr"] for row in rates if row["top1"] == best) and chosen < 30
-    assert "warning" not in said.err and f"chosen: {chosen:g}" in said.out
+    assert "warning" not in said.err and f"lr {chosen:g} is best on the 60" in said.out
     assert linear_eval.main([*flags, "--recipe", "demo", "--out", str(strong / "30")]) == 0
     at_30, said = read(strong / "30" / "linear.pt")["result"], capsys.readouterr()
     assert "rates" not in at_30 and at_30["lr"] == 30
@@ -694,8 +636,8 @@ def test_the_warning_is_for_a_trained_classifier_only(pretrained, strong, capsys
     assert "lower --lr" in capsys.readouterr().err
 
 
-def test_the_best_rate_is_taken_and_trains_on_all_images(probe, images, capsys, strong):
-    saved = probe("--lr", "0.0001,0.3,3")
+def test_the_best_rate_is_taken_and_trains_on_all_images(probe, capsys, tmp_path):
+    saved = probe("--lr", "0.0001,0.3,3", folder=tmp_path)
     rates, result = saved["result"]["rates"], saved["result"]
     assert [row["lr"] for row in rates] == [0.0001, 0.3, 3.0]
     assert result["lr"] == max(rates, key=lambda row: row["top1"])["lr"] != 0.0001
@@ -706,8 +648,10 @@ def test_the_best_rate_is_taken_and_trains_on_all_images(probe, images, capsys, 
     anew = probe("--lr", str(result["lr"]))
     assert torch.equal(saved["classifier"]["weight"], anew["classifier"]["weight"])
     assert result["top1"] == anew["result"]["top1"] and result["n_test"] == 60
+    *_, end = map(json.loads, open(tmp_path / "linear.jsonl"))
+    assert end["result"] == result
     text = capsys.readouterr().out
-    assert all(f"lr {row['lr']:g} {row['top1']:.1%}" in text for row in rates)
+    assert all(f"lr {row['lr']:g}: top-1 {row['top1']:.2%}" in text for row in rates)
 
 
 @pytest.mark.parametrize(
@@ -726,12 +670,6 @@ def test_neither_the_largest_nor_the_last_but_the_best_is_taken(monkeypatch, top
     for lrs in ((0.1, 1.0, 10.0), (10.0, 1.0, 0.1)):
         lr, rates = linear_eval.choose_lr(None, data, settings(lr=lrs), fp32, UNSCALED)
         assert lr == lrs[best] and [row["top1"] for row in rates] == [n / 6 for n in top1]
-
-
-def test_rates_are_in_the_log(probe, tmp_path):
-    saved = probe("--lr", "1,3", folder=tmp_path)
-    *_, end = map(json.loads, open(tmp_path / "linear.jsonl"))
-    assert end["result"]["rates"] == saved["result"]["rates"] and len(end["result"]["rates"]) == 2
 
 
 def test_the_choice_does_not_see_the_test_set(probe, tiny_npz, tmp_path):
@@ -753,7 +691,7 @@ def test_a_rate_that_diverges_loses_and_ends_the_run_if_all_do(
     assert linear_eval.main([*flags, "1e9,1e-30"]) == 0
     result = read(run / "linear.pt")["result"]
     assert result["lr"] == 1e-30 and result["rates"][0] == {"lr": 1e9, "top1": None}
-    assert "lr 1e+09 diverged" in capsys.readouterr().out
+    assert "lr 1e+09: diverged" in capsys.readouterr().out
     (run / "linear.pt").unlink()
     refused(linear_eval.main, [*flags, "1e9,2e9"], "at each learning rate", code=3)
     refused(linear_eval.main, [*flags, "1e9"], "lower --lr", code=3)
@@ -884,20 +822,17 @@ def test_default_folders(pretrained, tmp_path, flags):
     assert {str(path.parent) for path in files} == {FOLDERS[flags] or "."} and len(files) == 2
 
 
-@pytest.mark.parametrize("method", ["simclr", "fast-moco"])
 @pytest.mark.parametrize("mode", ["probe", "finetune", "supervised"])
-def test_checkpoints_of_every_method_and_kind_go_through_every_mode(
-    pretrained, tmp_path, method, mode
-):
-    run, flags = place(pretrained, tmp_path / "run", method=method), ["--mode", mode]
-    flags += ["--epochs", "0"]
-    assert linear_eval.main([str(run), "--out", str(tmp_path / "tuned"), *flags]) == 0
-    first = read(tmp_path / "tuned" / "linear.pt")
-    assert first["method"] == (method if mode != "supervised" else "supervised")
-    assert linear_eval.main([str(tmp_path / "tuned" / "linear.pt"), *flags]) == 0
-    again = read(tmp_path / "tuned" / mode / "linear.pt")
+def test_every_mode_takes_a_linear_pt_too(pretrained, tmp_path, mode):
+    run, out = place(pretrained, tmp_path / "run", method="simclr"), tmp_path / "tuned"
+    flags = ["--mode", mode, "--epochs", "0"]
+    assert linear_eval.main([str(run), "--out", str(out), *flags]) == 0
+    first = read(out / "linear.pt")
+    assert first["method"] == ("simclr" if mode != "supervised" else "supervised")
+    assert linear_eval.main([str(out / "linear.pt"), *flags]) == 0
+    again = read(out / mode / "linear.pt")
     assert again["method"] == first["method"] and again["pretrain"]["config"] == first["config"]
-    assert read(tmp_path / "tuned" / "linear.pt")["encoder_sha256"] == first["encoder_sha256"]
+    assert read(out / "linear.pt")["encoder_sha256"] == first["encoder_sha256"]
 
 
 def test_a_checkpoint_is_not_replaced_by_its_own_probe(written, tmp_path, refused):
@@ -986,7 +921,7 @@ def test_along_with_finetuning_goes_into_its_folder(kept):
 
 
 def test_a_kept_checkpoint_that_is_damaged_is_found_before_the_training(kept, refused):
-    cut((kept / "epoch0004.pt").read_bytes(), kept / "epoch0004.pt")
+    (kept / "epoch0004.pt").write_bytes((kept / "epoch0004.pt").read_bytes()[:9000])
     refused(linear_eval.main, [kept, "--probe-every", "2", *SHORT], "epoch0004.pt")
     assert not (kept / "along.jsonl").exists()
 
@@ -1021,84 +956,9 @@ def test_bad_flags(pretrained, tmp_path, refused, flags, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_checkpoint_named(refused):
-    refused(linear_eval.main, [], "name at least one")
-
-
-def test_one_folder_for_two_checkpoints(refused, pretrained, tmp_path):
-    refused(linear_eval.main, [pretrained, pretrained, "--out", tmp_path], "--out")
-
-
 def test_data_of_one_class(pretrained, tmp_path, refused):
     data = write_npz(tmp_path / "one.npz", classes=1)
     refused(linear_eval.main, [pretrained, "--out", tmp_path, "--data", data], "only one class")
-
-
-@pytest.mark.parametrize("below", ["", "sub"])
-def test_out_that_is_a_file(pretrained, tmp_path, refused, below):
-    (tmp_path / "file").touch()
-    refused(linear_eval.main, [pretrained, "--out", tmp_path / "file" / below, *SHORT], "--out")
-
-
-def cut(good, path):
-    path.write_bytes(good[: len(good) // 2])
-
-
-def flipped(good, path):
-    """One bit, in the middle of the weights: torch.load alone would take it"""
-    damaged = bytearray(good)
-    damaged[len(damaged) // 2] ^= 4
-    path.write_bytes(damaged)
-
-
-def foreign(good, path):
-    torch.save({"state_dict": {}, "arch": "resnet50"}, path)
-
-
-def without_encoder(good, path):
-    torch.save({"format": "contrastive-cifar/1", "kind": "pretrain"}, path)
-
-
-class Touch:
-    """Pickled code that would leave a file behind"""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def malicious(good, path):
-    torch.save({"format": "contrastive-cifar/1", "encoder": Touch(str(path) + ".touched")}, path)
-
-
-BAD_FILES = {
-    "missing": lambda good, path: None,
-    "empty": lambda good, path: path.touch(),
-    "html": lambda good, path: path.write_text("<!DOCTYPE html><title>Quota exceeded</title>"),
-    "folder without a run": lambda good, path: path.mkdir(),
-    "cut": cut,
-    "one bit flipped": flipped,
-    "of another program": foreign,
-    "without encoder": without_encoder,
-    "malicious": malicious,
-}
-
-
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_bad_checkpoints(pretrained, tmp_path, refused, monkeypatch, kind):
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # must not matter
-    path = tmp_path / "pretrain.pt"
-    BAD_FILES[kind]((pretrained / "pretrain.pt").read_bytes(), path)
-    refused(linear_eval.main, [path, "--out", tmp_path / "out", *SHORT], str(path))
-    assert not (tmp_path / "pretrain.pt.touched").exists()
-
-
-def test_weights_of_another_shape(pretrained, tmp_path, refused):
-    saved, path = read(pretrained / "pretrain.pt"), tmp_path / "pretrain.pt"
-    torch.save(saved | {"arch": "resnet18"}, path)
-    refused(linear_eval.main, [path, *SHORT], str(path))
 
 
 # -- the images are those of the pretraining
@@ -1178,7 +1038,11 @@ def test_it_says_what_to_run_next(pretrained, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"plots.py {tmp_path / 'out'}")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()]
+OUT_OF_MEMORY += [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_out_of_memory_is_one_line(pretrained, tmp_path, refused, monkeypatch, error):
     def fail(*args):
         raise error
