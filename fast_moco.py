@@ -1024,7 +1024,8 @@ class Run:
                 order = torch.randperm(len(self.images), generator=generator).to(self.device)
             # all that is random in a step follows from its number: nothing else can disturb it
             torch.manual_seed(seed_of(self.config.seed, "step", self.step))
-            yield epoch, self.images[shard(order[i * size : (i + 1) * size])]
+            self.rows = order[i * size : (i + 1) * size]  # of the batch, in all processes
+            yield epoch, self.images[shard(self.rows)]
             self.step += 1
             self.bar.update()
             if self.step % 10 == 0 or i + 1 == self.steps:

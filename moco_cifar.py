@@ -28,6 +28,7 @@ Config. Next, linear_eval.py measures how good the features are.
 """
 
 # %%
+import copy
 import dataclasses
 import math
 from typing import Literal
@@ -64,6 +65,7 @@ class Config:
     head_hidden: int = 2048  # hidden units of the mlp head (MoCo v2, sec. 3)
     dim: int = 128  # C, the size of queries and keys
     # -- method
+    mechanism: Literal["moco", "memory-bank", "end-to-end"] = "moco"  # where keys are from (Fig. 2)
     queue_size: int = 4096  # K, the number of negative keys; need not be a multiple of the batch
     key_momentum: float = 0.99  # m of the moving average (Eq. 2); 0.999 in the paper, on ImageNet
     temperature: float = 0.1  # T of the softmax (Eq. 1)
@@ -210,6 +212,8 @@ def check_method(config):
     if size % splits or size < 2 * splits or splits % n:
         near = f"--batch-size {max(2, size // splits) * splits}, or --bn-splits {n}"
         raise UserError(f"--batch-size {size} must be 2, 3, ... times --bn-splits {splits}: {near}")
+    if config.symmetric and config.mechanism != "moco":
+        raise UserError(f"--symmetric: --mechanism {config.mechanism} has no second loss")
 
 
 class MoCo(nn.Module):
@@ -219,13 +223,15 @@ class MoCo(nn.Module):
     its own (plumbing, below). With one process they return what they are given.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, n_images):
         super().__init__()
         self.config = config
-        self.encoder_q, self.encoder_k = self.build(), self.build()
-        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
-        self.encoder_k.requires_grad_(False)
-        self.queue = Queue(config.queue_size, config.dim)
+        self.encoder_q = self.build()
+        if config.mechanism == "moco":
+            self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        # a memory bank keeps a key for every image
+        size = n_images if config.mechanism == "memory-bank" else config.queue_size
+        self.queue = Queue(size, config.dim)
 
     def build(self):
         config, splits = self.config, self.config.bn_splits // process_count()
@@ -236,18 +242,23 @@ class MoCo(nn.Module):
             head = [hidden, nn.ReLU(), nn.Linear(config.head_hidden, config.dim)]
         return nn.Sequential(backbone, nn.Sequential(*head))
 
+    def encode_shuffled(self, encoder, images):
+        """ShuffleBN (sec. 3.3): a key meets other images in its batch-norm group than its query."""
+        images = gather(images)
+        shuffle = torch.randperm(len(images), device=images.device)
+        return gather(unit(encoder(shard(images[shuffle]))))[shuffle.argsort()]  # (N, C)
+
     def contrast(self, im_q, im_k):
         """-> loss of the queries of im_q against the keys of im_k and the queue; the keys (N, C)"""
         q = gather(unit(self.encoder_q(im_q)))  # (N, C)
         with torch.no_grad():
-            im_k = gather(im_k)
-            # ShuffleBN (sec. 3.3): a key meets other images in its batch-norm group than its query
-            shuffle = torch.randperm(len(im_k), device=im_k.device)
-            k = gather(unit(self.encoder_k(shard(im_k[shuffle]))))[shuffle.argsort()]  # (N, C)
+            k = self.encode_shuffled(self.encoder_k, im_k)  # (N, C)
         return info_nce(q, k, self.queue.keys, self.config.temperature), k
 
-    def forward(self, im_q, im_k):
-        """Two views (N, 3, H, W) of the same images -> loss, keys for the queue"""
+    def forward(self, im_q, im_k, rows):
+        """Two views (N, 3, H, W) of the images with these rows -> loss, keys for the queue"""
+        if self.config.mechanism != "moco":
+            return MECHANISMS[self.config.mechanism](self, im_q, im_k, rows)
         loss, keys = self.contrast(im_q, im_k)
         if self.config.symmetric:
             loss_swapped, keys_swapped = self.contrast(im_k, im_q)
@@ -265,7 +276,7 @@ def learning_rate(config, epoch):
 
 def train(config, run):
     """The algorithm. `run` (plumbing, below) brings images, resumes, measures, logs and saves."""
-    model = MoCo(config)
+    model = MoCo(config, len(run.images))
     sgd = dict(momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), config.lr, **sgd)
     optimizer = run.start(model, model.encoder_q, optimizer)
@@ -273,14 +284,43 @@ def train(config, run):
     for epoch, images in run.batches():  # images (N, 3, H, W) uint8, on the device
         optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
         im_q, im_k = view(images, config), view(images, config)
-        momentum_update(model.encoder_q, model.encoder_k, config.key_momentum)
+        if config.mechanism == "moco":
+            momentum_update(model.encoder_q, model.encoder_k, config.key_momentum)
         with run.autocast():  # bf16 or fp16 where that is fast
-            loss, keys = model(im_q, im_k)
+            loss, keys = model(im_q, im_k, run.rows)  # rows: where the images are among all
         loss = run.record(loss)  # for the log; fp16 also scales it, or small gradients would vanish
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.queue.enqueue(keys)  # only now: no query meets its own key among the negatives
+        if config.mechanism == "memory-bank":
+            model.queue.keys.index_copy_(0, run.rows, keys)
+        else:
+            model.queue.enqueue(keys)  # only now: no query meets its own key among the negatives
+
+
+# ---- variants: the two mechanisms that MoCo is compared with (Figure 2); the lesson ends here ----
+def memory_bank(model, im_q, im_k, rows):
+    """Figure 2b (Wu et al. 2018): an image's key is the vector it had when it was last seen, the
+    negatives are those of random images. No second encoder, but most keys are an epoch old.
+    """
+    bank, config = model.queue.keys, model.config  # (images, C)
+    q = gather(unit(model.encoder_q(im_q)))  # (N, C)
+    others = torch.randint(len(bank), (config.queue_size,), device=q.device)
+    return info_nce(q, bank[rows], bank[others], config.temperature), q.detach()
+
+
+def end_to_end(model, im_q, im_k, rows):
+    """Figure 2a: queries and keys both learn, and the negatives are the batch's other keys: as many
+    as fit into memory.
+    """
+    q = gather(unit(model.encoder_q(im_q)))  # (N, C)
+    k = model.encode_shuffled(model.encoder_q, im_k)  # (N, C), with gradient
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q @ k.T / model.config.temperature  # (N, N), the positives on the diagonal
+        return F.cross_entropy(logits, torch.arange(len(q), device=q.device)), k.detach()
+
+
+MECHANISMS = {"memory-bank": memory_bank, "end-to-end": end_to_end}
 
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
@@ -916,7 +956,8 @@ class Run:
                 order = torch.randperm(len(self.images), generator=generator).to(self.device)
             # all that is random in a step follows from its number: nothing else can disturb it
             torch.manual_seed(seed_of(self.config.seed, "step", self.step))
-            yield epoch, self.images[shard(order[i * size : (i + 1) * size])]
+            self.rows = order[i * size : (i + 1) * size]  # of the batch, in all processes
+            yield epoch, self.images[shard(self.rows)]
             self.step += 1
             self.bar.update()
             if self.step % 10 == 0 or i + 1 == self.steps:
