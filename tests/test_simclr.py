@@ -3,10 +3,8 @@ optimizers, schedule, recipes, the whole step against a reference written from t
 the other scripts make of its checkpoint. Oracles C1-C4, C25, C26, C29, C30; D2 of section 6.
 """
 
-import contextlib
 import copy
 import dataclasses
-import inspect
 import math
 import multiprocessing
 import os
@@ -16,11 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, USUAL, check_recipe, close
+from test_moco import Recorded
 from torch import nn
 
 import knn_monitor
-import linear_eval
-import plots
 import simclr
 from simclr import Config, build_encoder, nt_xent, warmup_cosine
 
@@ -124,40 +121,6 @@ def test_loss_in_bfloat16_is_near_that_in_float32():
 # -- steps of the real training loop
 
 
-class Recorded:
-    """Goes before a script's Run: the real one without data set and folder, each epoch the same
-    batch so many times; losses, gradients and the weights at the start are kept.
-    """
-
-    def __init__(self, config, images=None, steps=1, dtype=torch.float64):
-        self.config, self.steps, self.step, self.dtype = config, steps, 0, dtype
-        self.images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8) if images is None else images
-        self.scaler, self.loss = torch.amp.GradScaler("cpu", enabled=False), torch.zeros(())
-        self.losses, self.gradients, self.rates = [], [], []
-
-    def resume(self, model, online, optimizer):
-        self.model, self.online, self.optimizer = model.to(self.dtype), online, optimizer
-        self.start = copy.deepcopy(model)
-        optimizer.register_step_pre_hook(self.record)
-
-    def batches(self):
-        while self.step < self.config.epochs * self.steps:
-            yield self.step // self.steps, self.images
-            self.step += 1
-
-    def autocast(self):
-        return contextlib.nullcontext()
-
-    def descend(self, loss, *clip):
-        self.losses.append(loss.item())
-        super().descend(loss, *clip)
-
-    def record(self, *args):
-        learned = self.online.named_parameters()
-        self.gradients.append({name: p.grad.clone() for name, p in learned})
-        self.rates.append([group["lr"] for group in self.optimizer.param_groups])
-
-
 class ShortRun(Recorded, simclr.Run):
     pass
 
@@ -199,7 +162,7 @@ def test_three_steps_are_the_papers(head, monkeypatch):
     given = iter(views)
     monkeypatch.setattr(simclr, "augment", lambda images, recipe: next(given))
     simclr.train(config, run := ShortRun(config))
-    reference = Reference(config, run.start)
+    reference = Reference(config, run.initial)
     rates = 0.3 * 0.25, 0.3 * (0.25 + 0.75 * 0.8), 0.3 * (1 + math.cos(math.pi * 3 / 7)) / 2
     for i, lr in enumerate(rates):
         loss, gradients = reference.step(*views[2 * i : 2 * i + 2], lr)
@@ -224,7 +187,8 @@ def two_steps():
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simclr, "build_encoder", encoder)
-        patch.setattr(simclr, "augment", lambda images, recipe: torch.randn(6, 3, 8, 8).double())
+        every = lambda *_: torch.randn(6, 3, 8, 8, dtype=torch.float64)
+        patch.setattr(simclr, "augment", lambda *_: simclr.shard(every()))
         simclr.train(config := small(epochs=2, lr=0.3), run := ShortRun(config))
     return run.losses, [torch.cat([g.flatten() for g in all_.values()]) for all_ in run.gradients]
 
@@ -379,11 +343,6 @@ def test_weight_decay_is_on_all_parameters_but_lars_biases(kind):
     assert moved < 1e-12 if kind == "lars" else moved > 1e-7
 
 
-def test_lars_is_linear_evals():
-    """Which has been compared with You et al., timm and lightly."""
-    assert inspect.getsource(simclr.LARS) == inspect.getsource(linear_eval.LARS)
-
-
 # -- the schedule
 
 
@@ -408,65 +367,26 @@ def test_schedule_at_its_corners():
     assert {t: warmup_cosine(config, t) for t in at} == pytest.approx(at, abs=1e-15)
     constant = dataclasses.replace(config, schedule="constant")
     assert [warmup_cosine(constant, t) for t in (1, 2, 9.9)] == [0.2, 0.4, 0.4]
+    longer = dataclasses.replace(config, warmup_epochs=20)
+    assert warmup_cosine(longer, 9.9) == pytest.approx(0.4 * 9.9 / 20)
     without = Config(lr=0.4, epochs=10)
     assert warmup_cosine(without, 0) == 0.4 and warmup_cosine(without, 9.999) > 0
-
-
-def test_warmup_longer_than_the_run_is_refused(refused):
-    refused(
-        simclr.main, ["--epochs", "10", "--warmup-epochs", "10.5"], "--warmup-epochs 10.5: must"
-    )
-
-
-# -- the batch that memory allows
-
-
-def batch_for(memory, monkeypatch, **changes):
-    sysconf = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}
-    monkeypatch.setattr(os, "sysconf", sysconf.get)
-    return simclr.largest_batch(small(**changes), torch.device("cpu"), torch.float32)
-
-
-def test_the_batch_is_the_largest_power_of_two_that_memory_allows(monkeypatch):
-    memory, batch = 2**28, batch_for(2**28, monkeypatch)
-    assert batch == 2 ** (batch.bit_length() - 1) and batch_for(memory, monkeypatch) == batch
-    assert batch_for(memory // 8, monkeypatch) == batch // 8
-    assert batch_for(memory, monkeypatch, width=64) <= batch // 8
-    assert batch_for(memory, monkeypatch, arch="resnet50") <= batch // 8
-    assert batch_for(memory, monkeypatch, image_size=64) == batch // 4
-
-
-def test_the_activations_of_two_views_take_at_most_half_of_the_memory(monkeypatch):
-    """Here 192 floats before a linear layer and 64 behind a ReLU: 2048 bytes for two views"""
-    layers = nn.Flatten(), nn.Linear(192, 64), nn.ReLU()
-    monkeypatch.setattr(simclr, "build_encoder", lambda *_: nn.Sequential(*layers))
-    sizes = [batch_for(memory, monkeypatch, image_size=8) for memory in (2**20 - 1, 2**20)]
-    assert sizes == [128, 256]
 
 
 # -- whole runs
 
 
 def pretrain(npz, out, *flags):
-    more = ["--data", npz, "--out", out, "--epochs", "1", "--head-hidden", "8", "--dim", "6"]
-    assert simclr.main([*FLAGS, *map(str, more), *flags]) == 0
+    more = f"--data {npz} --out {out} --epochs 1 --batch-size 40 --head-hidden 8 --dim 6"
+    assert simclr.main([*FLAGS, *more.split(), *flags]) == 0
     return torch.load(out / "pretrain.pt", weights_only=True)
-
-
-def test_auto_takes_effect_and_is_recorded(tiny_npz, tmp_path, monkeypatch, capsys):
-    batch = batch_for(2**22, monkeypatch, image_size=16)
-    assert 2 <= batch <= 32
-    checkpoint = pretrain(tiny_npz, tmp_path, "--batch-size", "auto")
-    assert checkpoint["config"]["batch_size"] == batch
-    out = capsys.readouterr().out
-    assert f"--batch-size {batch} is what the memory" in out and f"{120 // batch} steps" in out
 
 
 @pytest.fixture(scope="module", params=["", "--head linear"], ids=["mlp", "linear"])
 def run(request, tiny_npz, tmp_path_factory):
     """The folder of a finished run, with either projector"""
     out = tmp_path_factory.mktemp("runs") / "simclr"
-    pretrain(tiny_npz, out, "--batch-size", "40", *request.param.split())
+    pretrain(tiny_npz, out, *request.param.split())
     return out
 
 
@@ -477,32 +397,10 @@ def test_knn_monitor_takes_the_checkpoint(run, features, tmp_path, capsys):
     assert f"simclr         1  {features}" in capsys.readouterr().out
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path, spy):
-    """drawn(run) -> the names of the figures that plots.py makes of it, the views in them"""
-    names, views = [], spy(plots, "view")
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: names.append(path.name))
-
-    def draw(run):
-        assert plots.main([str(run), "--out", str(tmp_path), "--device", "cpu"]) == 0
-        return names, views
-
-    return draw
-
-
-@pytest.mark.parametrize("run", [""], indirect=True, ids=["mlp"])
-def test_plots_takes_the_checkpoint(run, drawn, capsys):
-    assert {"pretraining", "pairs", "map", "neighbours"} <= set(drawn(run)[0])
-    assert "SimCLR, 1 epoch" in capsys.readouterr().out
-
-
-def test_plots_shows_the_views_of_the_composition(tiny_npz, tmp_path, drawn):
-    """Without augmentations a view is the image."""
-    pretrain(tiny_npz, tmp_path, "--batch-size", "40", "--augment", "")
-    _, views = drawn(tmp_path)
-    assert views
-    for (images, *_), view in views:
-        assert (images.int() - view.int()).abs().max() <= 1
+def test_the_gallery_has_views_of_the_composition(tiny_npz, tmp_path):
+    """Without augmentations, a view is the image."""
+    gallery = pretrain(tiny_npz, tmp_path, "--augment", "")["gallery"]
+    assert (gallery["views"].int() - gallery["images"].int()).abs().max() <= 1
 
 
 # -- does it learn?
@@ -568,7 +466,7 @@ REPORT = {  # recipes.md, document 3; crops as in torchvision, weight decay only
     "head": "linear",
     "dim": 1024,
     "epochs": 50,
-    "batch_size": 0,
+    "batch_size": 200,
     "optimizer": "adam",
     "lr": 1e-3,
     "weight_decay": 0.0,
