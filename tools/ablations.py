@@ -47,6 +47,10 @@ V1, V2 = dict(head="linear", temperature=0.07), dict(head="mlp", temperature=0.2
 V1_TO_V2 = [head | dict(blur=b, schedule="step", epochs=1) for b in (0.0, 0.5) for head in (V1, V2)]
 V1_TO_V2 += [V2 | dict(blur=0.5, schedule="cosine", epochs=epochs) for epochs in (1, 4)]
 
+KEYS = 63, 255, 1023  # the negatives that end-to-end has in batches of 64, 256 and 1,024
+MECHANISMS = [dict(mechanism=m, queue_size=k) for m in ("moco", "memory-bank") for k in KEYS]
+MECHANISMS += [dict(mechanism="end-to-end", batch_size=n) for n in (64, 256, 1024)]
+
 OPERATIONS = ["crop", "flip", "color", "gray", "blur"]
 HUANG = {"crop,flip,color,gray,blur": 89.8, "crop,color,gray,blur": 88.5, "crop,gray,blur": 83.5}
 HUANG |= {"crop,blur": 63.2}
@@ -75,6 +79,13 @@ ABLATIONS = {
         V1_TO_V2,
         [60.6, 66.2, 63.4, 67.3, 67.5, 71.1],
         fields=["head", "blur", "schedule", "epochs"],
+    ),
+    "mechanism": ablation(
+        "moco_cifar.py",
+        "Where the negative keys come from",
+        "MoCo, Figure 3: drawn only",
+        MECHANISMS,
+        fields=["mechanism", "queue_size", "batch_size"],
     ),
     "shuffle": ablation(
         "moco_cifar.py",
