@@ -70,9 +70,7 @@ class Config:
     # -- optimisation
     epochs: int = 200  # passes over the training images
     batch_size: int = 512  # N, images per step over all devices
-    optimizer: Literal["sgd", "adam", "lars"] = (
-        "sgd"  # LARS: step size in proportion to the weights
-    )
+    optimizer: Literal["sgd", "adam", "lars"] = "sgd"  # LARS: layer-wise step sizes
     lr: float = 0.06  # peak learning rate, 0.03 for every 256 images of the batch
     sgd_momentum: float = 0.9  # of SGD and LARS
     weight_decay: float = 5e-4  # on all parameters; LARS leaves out biases and batch norm
