@@ -464,15 +464,15 @@ def load_data(source, config):
     try:
         arrays = read_torchvision(source, root) if source in BUILTIN else dict(np.load(source))
         for part in ("train", "test"):
-            x, y = (torch.from_numpy(arrays.pop(f"{name}_{part}")) for name in "xy")
-            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
+            x, y = torch.from_numpy(arrays.pop(f"x_{part}")), arrays.pop(f"y_{part}")
+            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
                 raise ValueError(f"x_{part} is {x.dtype} {tuple(x.shape)}, not uint8 (N, H, W, 3)")
-            if y.is_floating_point() or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 99999:
+            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0 or y.max() > 99999:
                 raise ValueError(f"y_{part} must hold a label, 0, 1, ..., for each image")
             x = x.permute(0, 3, 1, 2)
             if x.shape[2:] != (size, size):
                 x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-            parts += [x, y.long()]
+            parts += [x, torch.from_numpy(y.astype(np.int64))]
         x, y, x_test, y_test = parts
         classes = [str(c) for c in arrays.get("classes", range(1 + max(y.max(), y_test.max())))]
         if len(classes) <= max(y.max(), y_test.max()):
