@@ -665,6 +665,10 @@ class SharedOptimizer:
     def __init__(self, optimizer, scaler, clip):
         self.optimizer, self.scaler, self.clip = optimizer, scaler, clip
         self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+        # torch's fused SGD leaves them uninitialised if the very first fp16 step overflows
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if isinstance(optimizer, torch.optim.SGD):
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
     def step(self):
         learned = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
