@@ -995,6 +995,18 @@ def test_an_older_checkpoint_names_its_file_in_name(pretrained, tiny_npz, tmp_pa
     assert linear_eval.main([str(run), *SHORT]) == 0
 
 
+def test_holdout_and_limit_of_the_pretraining_hold_here_too(pretrained, tmp_path, spy):
+    """What was held out there is evaluated on, and has no part in the choice of the rate."""
+    config = read(pretrained / "pretrain.pt")["config"] | {"limit": 60, "holdout": 40}
+    run = described(pretrained, tmp_path / "run", holdout=40, sha256=None)
+    run, parts = place(run, tmp_path / "limited", config=config), spy(linear_eval, "train_linear")
+    assert linear_eval.main([str(run), *SHORT]) == 0
+    assert [len(data.y_train) for (_, data, *_), _ in parts] == [30, 60]
+    saved = read(run / "linear.pt")
+    assert saved["result"]["n_test"] == saved["data"]["holdout"] == 40
+    assert (saved["config"]["limit"], saved["config"]["holdout"]) == (60, 40)
+
+
 def test_other_images_than_those_of_the_pretraining_are_refused(pretrained, tmp_path, refused):
     run = described(pretrained, tmp_path / "run", sha256="0" * 64)
     refused(linear_eval.main, [run, *SHORT], "not the images of the pretraining")
