@@ -787,10 +787,11 @@ def report(result, config):
     top = ", ".join(f"top-{k} {result[f'top{k}']:.2%}" for k in (1, 3, 5))
     print(f"{top}, loss {loss:.4f} on {result['n_test']} images", flush=True)
     if config.epochs and loss > math.log(classes):
-        several = f"choose among lower ones with --lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}"
-        remedy = several if config.mode == "probe" else "lower --lr"
-        why = f"the test loss is above ln({classes}) = {math.log(classes):.2f}, that of guessing"
-        print(f"warning: {why}: learning rate {lr:g} is too high here; {remedy}", file=sys.stderr)
+        guess = f"ln({classes}) = {math.log(classes):.2f}"
+        remedy = f"lower --lr, now {lr:g}, or train longer"
+        if config.mode == "probe":
+            remedy += f"; of several, --lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}, it takes the best"
+        print(f"warning: the test loss is above {guess}, guessing's: {remedy}", file=sys.stderr)
 
 
 def measure(path, config):
