@@ -1,173 +1,33 @@
 """Figures and tables: which are drawn, from what, and what they show."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib.text import Text
 from PIL import Image
 
 import fast_moco
-import knn_monitor
-import linear_eval
 import moco_cifar
 import plots
 import simclr
 
-FAST = ["--epochs", "2", "--device", "cpu", "--precision", "fp32"]
-WITHOUT_IMAGES = {"pretraining", "diagram", "probe", "classes"}
-WITH_IMAGES = WITHOUT_IMAGES | {"pairs", "map", "neighbours"}
+sys.path.insert(0, str(ROOT / "tools"))
+import report
 
-
-@pytest.fixture(scope="module")
-def finished(pretrained, tmp_path_factory):
-    """A run with everything in its folder. Read only."""
-    run = shutil.copytree(pretrained, tmp_path_factory.mktemp("runs") / "moco")
-    for more in ([], ["--init", "random"]):
-        assert linear_eval.main([str(run), *FAST, *more]) == 0
-    for baseline in ("pixels", "random", "none"):
-        flags = ["--k", "5", "--device", "cpu", "--baseline", baseline]
-        assert knn_monitor.main([str(run), *flags]) == 0
-    return run
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "moco")
-
-
-@pytest.fixture
-def draw(tmp_path, capsys):
-    """draw(argument...) -> the names of the figures, what was printed"""
-
-    def call(*arguments):
-        assert plots.main([*map(str, arguments), "--out", str(tmp_path / "figures")]) == 0
-        return {p.stem for p in (tmp_path / "figures").rglob("*.png")}, capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """No figures of single runs: they take a second each"""
-    monkeypatch.setattr(plots, "draw_all", lambda *_: {})
-
-
-def change(run, name="pretrain.pt", **values):
-    torch.save(torch.load(run / name, weights_only=True) | values, run / name)
-
-
-def test_all_figures_and_the_summary(run, draw, tmp_path):
-    names, out = draw(run)
-    assert names == WITH_IMAGES
-    for name in names:
-        assert np.asarray(Image.open(tmp_path / f"figures/{name}.png").convert("L")).std() > 5
-        assert (tmp_path / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
-    result = torch.load(run / "linear.pt", weights_only=True)["result"]
-    assert f"{100 * result['top1']:.2f} %" in out
-    for row in map(json.loads, (run / "knn.jsonl").read_text().splitlines()):
-        assert f"{100 * row['top1']:.2f} %" in out
-
-
-def test_curves_need_no_images(run, draw):
-    data = torch.load(run / "pretrain.pt", weights_only=True)
-    gone = "/no/such/images.npz"
-    change(run, config=data["config"] | {"data": gone}, data=data["data"] | {"name": gone})
-    names, out = draw(run)
-    assert names == WITHOUT_IMAGES and gone in out
-
-
-def test_several_runs_are_compared(run, draw, few, tmp_path):
-    other = shutil.copytree(run, tmp_path / "other")
-    assert "comparison" in draw(run, other)[0]
-
-
-def test_rows_that_are_no_numbers_are_left_out(run, draw, few):
-    history = torch.load(run / "pretrain.pt", weights_only=True)["history"]
-    change(run, history=[history[0] | {"loss": float("nan")}, history[1]])
-    assert "1 of 2 epochs not finite" in draw(run)[1]
-
-
-def test_a_torn_line_is_left_out(run, draw, few):
-    with open(run / "knn.jsonl", "a") as file:
-        file.write('{"what": "mo')
-    assert "torn" in draw(run)[1]
-
-
-def test_map_is_a_principal_component_analysis():
-    features = torch.randn(50, 6, dtype=torch.float64) * torch.arange(1, 7)
-    points, share = plots.pca(features)
-    centred = features.numpy() - features.numpy().mean(0)
-    u, s, _ = np.linalg.svd(centred, full_matrices=False)
-    np.testing.assert_allclose(points.abs().numpy(), np.abs(u[:, :2] * s[:2]), atol=1e-6)
-    np.testing.assert_allclose(share.numpy(), s[:2] ** 2 / (s**2).sum(), atol=1e-6)
-
-
-def test_neighbours_are_the_nearest():
-    features, bank = torch.randn(5, 8), torch.randn(40, 8)
-    similarity, nearest = plots.nearest(features, bank, 3)
-    for i, h in enumerate(features.double().numpy()):
-        cos = [h @ b / np.linalg.norm(h) / np.linalg.norm(b) for b in bank.double().numpy()]
-        assert nearest[i].tolist() == np.argsort(cos)[::-1][:3].tolist()
-        np.testing.assert_allclose(similarity[i], sorted(cos)[::-1][:3], atol=1e-6)
-
-
-def test_table_replaces_what_is_between_the_markers(run, draw, tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter")
-    save, seen = plots.save_figure, []
-
-    def watch(*args):
-        seen.append(page.read_text())
-        return save(*args)
-
-    monkeypatch.setattr(plots, "save_figure", watch)
-    monkeypatch.setattr(plots, "draw_all", lambda run, *_: {"a": lambda: plots.draw_classes(run)})
-    draw(run, "--table", page)
-    text = page.read_text()
-    assert text.startswith("before\n<!-- table -->\n|") and text.endswith("<!-- /table -->\nafter")
-    assert "old" not in text and "| moco |" in text
-    assert seen and all("old" in before for before in seen), (
-        "the table is written last: make trusts it"
-    )
-
-
-@pytest.mark.parametrize(
-    "name, content, says",
-    [
-        ("page.md", b"no markers", "<!-- table -->"),
-        ("x.pt", b"", "x.pt"),
-        ("x.pt", b"<html>quota</html>", "x.pt"),
-        ("x.pt", None, "no such file"),
-    ],
-)
-def test_refused_files(name, content, says, run, tmp_path, refused):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    argv = [run, "--table", path] if name == "page.md" else [path]
-    refused(plots.main, [*argv, "--out", tmp_path / "figures"], says)
-    assert not (tmp_path / "figures").exists()
-
-
-def test_refused_runs(run, tmp_path, refused):
-    refused(plots.main, [tmp_path], "pretrain.pt")
-    change(run, history=[])
-    refused(plots.main, [run], "no epoch is finished")
-    refused(plots.main, [], "run")
-    refused(plots.main, [run, "--nonsense"], "--nonsense")
-
-
-# ---------------------------------------------------------------- all methods
-DATA = dict(
-    name="/no/such/images.npz", classes=list("abcdefghij"), image_size=32, n_train=5000, n_test=1000
-)
-DATA |= dict(mean=[0.5] * 3, std=[0.25] * 3, holdout=0)
+ALL = {"pretraining", "diagram", "pairs", "map", "neighbours", "probe", "classes", "along"}
+DATA = dict(name="cifar10", image_size=8, n_train=5000, n_test=1000, mean=[0.5] * 3, std=[0.2] * 3)
+DATA |= dict(classes=list("abcdefghij"), holdout=0)
 
 
 @pytest.fixture
@@ -175,7 +35,7 @@ def craft(tmp_path):
     """craft(script, name, knn, seconds, setting...) -> the folder of a run, its weights left out"""
 
     def make(script, name, knn=0.5, seconds=60.0, **settings):
-        config = dataclasses.asdict(script.Config(**settings))
+        config = dataclasses.asdict(script.Config(**settings)) | dict(image_size=8)
         base = dict(format="contrastive-cifar/1", kind="pretrain", method=script.METHOD)
         base |= dict(arch=config["arch"], width=config["width"], dim=512, encoder={})
         base |= dict(config=config, data=DATA, epoch=config["epochs"], epochs=config["epochs"])
@@ -196,7 +56,7 @@ def evaluated(run, folder="", mode="probe", top1=0.5, along=(), **config):
     result = dict(top1=top1, top3=top1 + 0.2, top5=top1 + 0.3, test_loss=1.5, n_test=1000, lr=10.0)
     pretrain = {key: before[key] for key in ("method", "epoch", "epochs", "config")}
     history = [dict(epoch=5, loss=1.0, **{k: result[k] for k in result if k != "n_test"})]
-    result |= dict(per_class=[0.5] * 10)
+    result |= dict(per_class=[0.5 + i / 100 for i in range(10)])
     linear = before | dict(kind="linear", config=config, result=result, history=history)
     (run / folder).mkdir(exist_ok=True)
     torch.save(linear | dict(pretrain=pretrain), run / folder / "linear.pt")
@@ -206,131 +66,52 @@ def evaluated(run, folder="", mode="probe", top1=0.5, along=(), **config):
         (run / folder / "along.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def texts(figure):
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
+def change(run, name="pretrain.pt", **values):
+    torch.save(torch.load(run / name, weights_only=True) | values, run / name)
 
 
-def curves(axes):
-    return {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
+def measured(run, n=6, m=12):
+    """What pretraining leaves for figures of pairs, and knn_monitor.py for the others"""
+    draw = np.random.default_rng(0)
+    images = torch.from_numpy(draw.integers(0, 256, (3, n, 3, 8, 8), dtype=np.uint8))
+    cosines = {key: torch.eye(m).half() - 0.25 for key in ("backbone", "head")}
+    gallery = dict(images=images[0], views=images[1:], labels=torch.arange(m) % 4, cosines=cosines)
+    change(run, gallery=gallery)
+    epoch = torch.load(run / "pretrain.pt", weights_only=True)["epoch"]
+    arrays = dict(test_images=draw.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8), bank=5000)
+    arrays |= dict(images=draw.integers(0, 256, (3, 2, 8, 8, 3), dtype=np.uint8), epoch=epoch)
+    arrays |= dict(test_labels=np.array([0, 1, 2]), labels=np.array([[0, 1], [1, 1], [3, 4]]))
+    np.savez(run / "neighbours.npz", cosines=np.full((3, 2), 0.5, np.float32), **arrays)
+    points, labels = draw.normal(size=(40, 2)).astype(np.float32), np.arange(40) % 10
+    for name, at in (("map", epoch), ("map-random", 0)):
+        shares = np.array([0.4, 0.2], np.float32)
+        np.savez(run / f"{name}.npz", points=points, labels=labels, shares=shares, epoch=at)
+    rows = dict(pixels=0.2, random=0.3, moco=0.6)
+    rows = [dict(what=k, epoch=epoch, k=7, top1=v, features="backbone") for k, v in rows.items()]
+    (run / "knn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-VARIANTS = [dict(framework=f) for f in ("moco", "byol", "simsiam", "nnclr")]
-VARIANTS += [dict(encode=e) for e in ("divide", "sample", "sample-combine", "montage", "whole")]
-VARIANTS += [dict(combine_at=stage) for stage in ("input", "stage3", "proj")] + [dict(grid=4)]
-CASES = [(moco_cifar, {}), (simclr, {}), (simclr, {"head": "linear"})]
-CASES += [(fast_moco, variant) for variant in VARIANTS]
-
-
-@pytest.mark.parametrize("script, settings", CASES)
-def test_each_method_has_its_diagram_its_loss_and_its_level(script, settings, craft, few):
-    run = plots.read_run(craft(script, "a", batch_size=128, **settings))
-    shown = texts(plots.DIAGRAMS[run.method](run))
-    level = plots.chance_of(run)
-    if settings.get("framework") in ("byol", "simsiam"):
-        assert level is None and "no negatives" in shown
-    else:
-        queue = math.log(4097)  # of the defaults
-        right = {"moco": queue, "simclr": math.log(255), "fast-moco": 2 * math.log(128)}
-        assert level[0] == pytest.approx(right[run.method]) and f"{level[0]:.2f}" in shown
-    if run.method == "fast-moco" and settings.keys() <= {"framework"}:
-        assert "6 means" in shown and "of 4" in shown and "4N = 512 at once" in shown
-        assert "16 x 16" in shown
-    assert ("8 x 8" in shown) == ("grid" in settings)
-    figure = plots.new_figure("", "", 4, 3)
-    plots.draw_formula(figure.subplots(), run)
-    name = {"moco": "InfoNCE", "simclr": "NT-Xent", "fast-moco": "z^c_i"}[run.method]
-    assert name in texts(figure)
-    if settings.keys() <= {"framework"}:
-        figure.draw_without_rendering()  # fails if the formula cannot be set
-    drawn = curves(plots.draw_pretraining(run).axes[0])
-    at_level = [level[1]] if level else []
-    assert [name for name in drawn if name.startswith("chance")] == at_level
-
-
-def test_views_are_those_that_the_composition_names(craft):
-    """SimCLR's --augment: without any a view is the image, with flips it is that or its mirror."""
-    images = torch.randint(0, 256, (20, 3, 8, 8), dtype=torch.uint8)
-    run = plots.read_run(craft(simclr, "none", augment=""))
-    assert torch.equal(plots.view(images, run), images)
-    run = plots.read_run(craft(simclr, "flip", augment="flip"))
-    same = (plots.view(images, run) == images).flatten(1).all(1)
-    mirrored = (plots.view(images, run) == images.flip(3)).flatten(1).all(1)
-    assert 0 < same.sum() < 20 and 0 < mirrored.sum() < 20
-
-
-def test_comparison_in_equal_time(craft):
-    runs = [plots.read_run(craft(simclr, name, 0.4, 60.0 * i)) for i, name in enumerate("ab", 1)]
-    _, _, time = plots.draw_comparison(runs).axes
-    assert time.get_xlabel() == "minutes"
-    assert [line.get_xdata().tolist() for line in time.lines] == [[3.0], [6.0]]
-
-
-def test_comparison_takes_the_mean_over_seeds(craft):
-    """Of runs that differ in nothing else; one of another rate stays by itself."""
-    how = (("a-seed0", 0.4, 60.0, {}), ("b", 0.5, 60.0, dict(lr=9.0)), ("a-seed1", 0.6, 120.0, {}))
-    folders = [craft(simclr, *some, seed=i, **more) for i, (*some, more) in enumerate(how)]
-    evaluated(folders[0], top1=0.3)
-    evaluated(folders[2], top1=0.5)
-    loss, knn, time, bars = (figure := plots.draw_comparison([*map(plots.read_run, folders)])).axes
-    assert {k: v.tolist() for k, v in curves(knn).items()} == {"a, 2 seeds": [50], "b": [50]}
-    (band,) = knn.collections  # 50 and the standard deviation of 40 and 60 (n - 1)
-    edges = sorted({y for _, y in band.get_paths()[0].vertices})
-    np.testing.assert_allclose(edges, [50 - 200**0.5, 50 + 200**0.5])
-    assert time.lines[0].get_xdata().tolist() == [4.5] and len(loss.collections) == 1
-    assert [patch.get_width() for patch in bars.patches] == [pytest.approx(40)]
-    assert "seeds 0, 2." in texts(figure).replace("\n", " ")
-
-
-# ---------------------------------------------------------------- along the pretraining, Table 1
 @pytest.fixture
-def table_1(craft):
-    """A SimCLR run with all that its report's Table 1 and Figure 2 are made from"""
-    run = craft(simclr, "simclr", batch_size=64, gray=0.2)
-    tenth = dict(labels=0.1, optimizer="adam", weight_decay=1e-5)
-    evaluated(run, "probe-0.1", "probe", 0.41, [(1, 0.31), (2, 0.36), (200, 0.41)], **tenth)
-    evaluated(run, "finetune-0.1", "finetune", 0.52, [(1, 0.42), (200, 0.52)], **tenth)
-    evaluated(run, "random-probe-0.1", "probe", 0.13, init="random", **tenth)
-    evaluated(run, "random-finetune-0.1", "finetune", 0.24, init="random", **tenth)
-    evaluated(run, "supervised-0.1", "supervised", 0.25, init="random", **tenth)
-    evaluated(run, "supervised", "supervised", 0.66, init="random")
+def finished(craft):
+    """A MoCo run with all that can be drawn"""
+    run = craft(moco_cifar, "moco")
+    measured(run)
+    evaluated(run, top1=0.55, along=[(1, 0.2), (2, 0.3)])
+    evaluated(run, "random", top1=0.35, init="random")
     return run
 
 
-def test_accuracy_along_the_pretraining(table_1):
-    run = plots.read_run(table_1)
-    assert "along" in plots.draw_all(run, None)
-    top1, top3 = map(curves, plots.draw_along(run).axes)
-    frozen, tuned = (f"SimCLR, {mode}, 10 % of the labels" for mode in ("frozen", "fine-tuned"))
-    np.testing.assert_allclose(top1[frozen], [31, 36, 41])
-    np.testing.assert_allclose(top1[tuned], [42, 52])
-    np.testing.assert_allclose(top3[tuned], [52, 62])
-    assert top1["supervised, 10 % of the labels"].tolist() == [25, 25]
-    assert top1["supervised, 100 % of the labels"].tolist() == [66, 66]
-    assert len(top1) == 5 and top1["chance"][0] == 10
-    for path in table_1.glob("*/along.jsonl"):
-        path.unlink()
-    assert "along" not in plots.draw_all(plots.read_run(table_1), None)
+@pytest.fixture
+def draw(tmp_path, capsys):
+    """draw(argument...) -> the names of the figures, what was printed"""
+
+    def call(*arguments):
+        assert plots.main([*map(str, arguments), "--out", str(tmp_path / "figures")]) == 0
+        return {p.stem for p in (tmp_path / "figures").rglob("*.png")}, capsys.readouterr().out
+
+    return call
 
 
-def cells(table):
-    """{first cell: the others} of a Markdown table"""
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
-    return {row[0]: row[1:] for row in rows}
-
-
-def test_table_1(table_1):
-    rows = cells(plots.table_1(plots.read_run(table_1)))
-    assert rows["SimCLR, 10 % of the labels"] == ["52.00 %", "72.00 %", "41.00 %", "61.00 %"]
-    assert rows["Random init, 10 % of the labels"] == ["24.00 %", "44.00 %", "13.00 %", "33.00 %"]
-    assert rows["Supervised, 10 % of the labels"][0] == "25.00 %"
-    assert rows["the document: SimCLR"] == ["77.4 %", "94.8 %", "71.3 %", "93.6 %"]
-    assert rows["the document: Random init"] == ["38.2 %", "60.1 %", "15.6 %", "34.4 %"]
-    shutil.rmtree(table_1 / "finetune-0.1")
-    rows = cells(plots.table_1(plots.read_run(table_1)))
-    assert rows["SimCLR, 10 % of the labels"] == ["", "", "41.00 %", "61.00 %"]
-
-
-# ---------------------------------------------------------------- reports
 @pytest.fixture
 def light(monkeypatch):
     """Figures are built, but only their names are written"""
@@ -342,41 +123,321 @@ def light(monkeypatch):
     monkeypatch.setattr(plots, "save_figure", save)
 
 
-def links(text):
-    return set(re.findall(r"!\[.+?\]\((\w+)\.png\)", text))
+def texts(figure):
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
-def test_report_of_a_run_with_everything(run, draw, light, tmp_path):
-    names, out = draw(run, "--report")
+def curves(axes):
+    return {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
+
+
+def cells(table):
+    """{first cell: the others} of a Markdown table"""
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+# ---------------------------------------------------------------- one run
+def test_all_figures_and_the_table(finished, draw, tmp_path):
+    names, out = draw(finished)
+    assert names == ALL
+    for name in names:
+        assert np.asarray(Image.open(tmp_path / f"figures/{name}.png").convert("L")).std() > 5
+        assert (tmp_path / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
+    rows = [line.split("|")[2:-1] for line in out.splitlines() if line.startswith("| moco")]
+    rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    assert rows["raw pixels"] == ["20.00%", "7", "", "", ""]
+    assert rows["untrained encoder"] == ["30.00%", "7", "35.00%", "55.00%", "65.00%"]
+    assert rows["MoCo, 200 epochs"] == ["60.00%", "7", "55.00%", "75.00%", "85.00%"]
+    assert rows["guessing"] == ["10.00%", "", "10.00%", "30.00%", "50.00%"]
+
+
+def test_what_is_missing_is_skipped_with_the_command(craft, draw, light):
+    run = craft(moco_cifar, "moco", knn_k=33)
+    names, out = draw(run)
+    assert names == {"pretraining", "diagram"}
+    for name in ALL - names:
+        script = "linear_eval.py" if name in ("probe", "classes", "along") else "knn_monitor.py"
+        expected = "finish a pretraining run" if name == "pairs" else f"run {script} {run}"
+        assert f"no {name}: {expected}" in out
+    assert re.search(r"50\.00% \| +33 \|", out)  # measured during training
+
+
+def test_a_map_of_another_epoch_is_not_drawn(finished, draw, light):
+    change(finished, epoch=150)
+    assert draw(finished)[0] == ALL - {"map", "neighbours"}
+
+
+@pytest.mark.parametrize("name", ["map.npz", "map-random.npz", "knn.jsonl"])
+def test_damaged_measurements_are_skipped_with_a_note(finished, draw, light, name):
+    (finished / name).write_text('{"what": "mo')
+    names, out = draw(finished)
+    assert (
+        names == ALL - ({"map"} if name == "map.npz" else set())
+        and f"note: {finished / name}" in out
+    )
+
+
+def test_a_run_under_way_or_damaged_at_its_end(finished, draw, light):
+    (finished / "pretrain.pt").rename(finished / "prev.pt")
+    change(finished, "prev.pt", epoch=7)
+    (finished / "last.pt").write_bytes(b"half a file")
+    _, out = draw(finished)
+    assert "note: " in out and "last.pt" in out and "MoCo, 7 of 200 epochs" in out
+
+
+def test_values_that_are_no_numbers_are_left_out(finished):
+    rows = [dict(epoch=1, loss=math.nan, lr=0.1), dict(epoch=2, loss=1.5, lr=0.1)]
+    change(finished, history=rows)
+    figure = plots.draw_pretraining(plots.read_run(finished))
+    assert curves(figure.axes[0])["MoCo"].tolist() == [1.5]
+
+
+def test_table_replaces_what_is_between_the_markers(finished, draw, light, tmp_path, monkeypatch):
+    page, seen, save = tmp_path / "page.md", [], plots.save_figure
+    page.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter")
+    monkeypatch.setattr(plots, "save_figure", lambda *a: (seen.append(page.read_text()), save(*a)))
+    draw(finished, "--table", page)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table -->\n|") and text.endswith("<!-- /table -->\nafter")
+    assert "old" not in text and "| moco |" in text
+    assert len(seen) == 8 and all("old" in then for then in seen), "make trusts the table"
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("page.md", b"no markers", "<!-- table -->"),
+        ("page.md", b"<!-- /table --><!-- table -->", "in order"),
+        ("x.pt", b"", "x.pt"),
+        ("x.pt", b"<html>quota</html>", "x.pt"),
+        ("x.pt", None, "no such file"),
+    ],
+)
+def test_refused_files(name, content, says, finished, tmp_path, refused):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    argv = [finished, "--table", path] if name == "page.md" else [path]
+    refused(plots.main, [*argv, "--out", tmp_path / "figures"], says)
+    assert not (tmp_path / "figures").exists()
+
+
+def test_refused_runs(finished, tmp_path, refused):
+    refused(plots.main, [tmp_path], "pretrain.pt")
+    refused(plots.main, [], "run")
+    refused(plots.main, [finished, "--nonsense"], "--nonsense")
+    refused(plots.main, [finished, "--out", finished / "knn.jsonl"], "knn.jsonl")
+    for wrong in (dict(format="contrastive-cifar/2"), dict(history=[])):
+        change(finished, **wrong)
+        refused(plots.main, [finished / "pretrain.pt"], "pretrain.pt")
+
+
+def test_alone_in_a_folder(finished, tmp_path, refused, capsys, monkeypatch):
+    """Without tools/report.py all figures of single runs; what needs it says so in one line."""
+    script = tmp_path / "alone.py"
+    shutil.copy(ROOT / "plots.py", script)
+    alone = importlib.util.module_from_spec(importlib.util.spec_from_file_location("a", script))
+    alone.__spec__.loader.exec_module(alone)
+    drawn, other = [], shutil.copytree(finished, tmp_path / "other")
+    monkeypatch.setattr(alone, "save_figure", lambda figure, path: drawn.append(path.name))
+    for flags in (["--report"], ["--ablation", "queue"]):
+        refused(alone.main, [finished, *flags], "tools/report.py")
+    assert not drawn and alone.main([str(finished), str(other)]) == 0
+    assert len(drawn) == 16 and {*drawn} == ALL and "no comparison" in capsys.readouterr().out
+
+
+def test_report_from_the_command_line(craft, tmp_path):
+    argv = [sys.executable, ROOT / "plots.py", craft(simclr, "a"), "--report"]
+    assert subprocess.run(argv, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "figures/report.md").exists()
+
+
+def test_pairs_mark_false_negatives(finished):
+    figure = plots.draw_pairs(plots.read_run(finished))
+    shown = texts(figure)
+    assert shown.count("head 0.75\nbackbone 0.75") == 4 == shown.count("positive\n")
+    assert shown.count("\nfalse negative\n") == 2  # the labels are 0 1 2 3 0 1
+    assert "positives: mean 0.75" in shown and "false negatives: mean -0.25" in shown
+
+
+def test_neighbours_are_right_or_wrong(finished):
+    shown = texts(plots.draw_neighbours(plots.read_run(finished)))
+    assert [shown.count(sign) for sign in "\u2713\u2717"] == [3, 3] and "\u2717 d" in shown
+
+
+def test_classes_are_sorted(finished):
+    axes = plots.draw_classes(plots.read_run(finished)).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([*range(59, 49, -1)])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*"jihgfedcba"]
+    assert axes.get_xlim() == (0, 100)
+
+
+def test_a_hundred_classes(finished):
+    many = [f"class {i}" for i in range(100)]
+    change(finished, data=DATA | dict(classes=many))
+    result = torch.load(finished / "linear.pt", weights_only=True)["result"]
+    for name in ("linear.pt", "random/linear.pt"):
+        change(finished, name, result=result | dict(per_class=[0.5] * 100))
+    run = plots.read_run(finished)
+    assert len(plots.draw_classes(run).axes) == 4
+    plots.draw_map(run).draw_without_rendering()
+
+
+def test_probe_shows_the_test_loss_on_a_log_scale(finished):
+    top1, top5, loss = plots.draw_probe(plots.read_run(finished)).axes
+    assert loss.get_yscale() == "log" and curves(loss)["MoCo"].tolist() == [1.5]
+    np.testing.assert_allclose(curves(top1)["MoCo"], 55)
+    np.testing.assert_allclose(curves(top5)["untrained"], 65)
+    assert curves(loss)["guessing"][0] == pytest.approx(math.log(10))
+
+
+# ---------------------------------------------------------------- all methods
+VARIANTS = [dict(framework=f) for f in ("moco", "byol", "simsiam", "nnclr")]
+VARIANTS += [dict(encode=e) for e in ("divide", "sample", "sample-combine", "montage", "whole")]
+VARIANTS += [dict(combine_at=stage) for stage in ("input", "stage3", "proj")] + [dict(grid=4)]
+CASES = [(moco_cifar, {}), (simclr, {}), (simclr, {"head": "linear"})]
+CASES += [(fast_moco, variant) for variant in VARIANTS]
+
+
+@pytest.mark.parametrize("script, settings", CASES)
+def test_each_method_has_its_diagram_and_its_level(script, settings, craft):
+    run = plots.read_run(craft(script, "a", batch_size=128, **settings))
+    shown, level = texts(run.diagram(run)), plots.chance_of(run)
+    if settings.get("framework") in ("byol", "simsiam"):
+        assert level is None and "no negatives" in shown
+    else:
+        queue = math.log(4097)  # of the defaults
+        right = {"moco": queue, "simclr": math.log(255), "fast-moco": 2 * math.log(128)}
+        assert level[0] == pytest.approx(right[run.method]) and f"{level[0]:.2f}" in shown
+    if run.method == "fast-moco" and settings.keys() <= {"framework"}:
+        assert "6 means" in shown and "of 4" in shown and "4N = 512 at once" in shown
+        assert "4 x 4 x 4" in shown
+    assert ("16 x 2 x 2" in shown) == ("grid" in settings)
+    drawn = curves(plots.draw_pretraining(run).axes[0])
+    assert [name for name in drawn if name.startswith("chance")] == ([level[1]] if level else [])
+
+
+# ---------------------------------------------------------------- several runs
+def test_comparison_in_equal_time(craft):
+    runs = [plots.read_run(craft(simclr, name, 0.4, 60.0 * i)) for i, name in enumerate("ab", 1)]
+    _, _, time = report.draw_comparison(runs).axes  # no empty bars
+    assert time.get_xlabel() == "minutes"
+    assert [line.get_xdata().tolist() for line in time.lines] == [[3.0], [6.0]]
+
+
+def test_comparison_takes_the_mean_over_seeds(craft):
+    """Of runs that differ in nothing else; one of another rate stays by itself."""
+    how = (("a-seed0", 0.4, 60.0, {}), ("b", 0.5, 60.0, dict(lr=9.0)), ("a-seed1", 0.6, 120.0, {}))
+    folders = [craft(simclr, *some, seed=i, **more) for i, (*some, more) in enumerate(how)]
+    evaluated(folders[0], top1=0.3)
+    evaluated(folders[2], top1=0.5)
+    loss, knn, time, bars = report.draw_comparison([*map(plots.read_run, folders)]).axes
+    assert {k: v.tolist() for k, v in curves(knn).items()} == {"a, 2 seeds": [50], "b": [50]}
+    (band,) = knn.collections  # 50 and the standard deviation of 40 and 60 (n - 1)
+    edges = sorted({y for _, y in band.get_paths()[0].vertices})
+    np.testing.assert_allclose(edges, [50 - 200**0.5, 50 + 200**0.5])
+    assert time.lines[0].get_xdata().tolist() == [4.5] and len(loss.collections) == 1
+    assert [patch.get_width() for patch in bars.patches] == [pytest.approx(40)]
+
+
+def test_data_sets_are_compared_apart(craft, draw, light):
+    runs = [craft(simclr, name) for name in "abcde"]
+    for run in runs[3:]:
+        change(run, data=DATA | dict(name="/a/folder/of/shapes.npz"))
+    assert draw(*runs)[0] >= {"comparison-CIFAR-10", "comparison-shapes"}
+    assert "comparison" in draw(*runs[:2])[0]
+
+
+@pytest.fixture
+def table_1(craft):
+    """A SimCLR run with all that its report's Table 1 and Figure 2 are made from"""
+    run = craft(simclr, "simclr", batch_size=64, gray=0.2)
+    tenth = dict(labels=0.1, optimizer="adam", weight_decay=1e-5)
+    evaluated(run, "probe-0.1", "probe", 0.41, [(1, 0.31), (2, 0.36), (200, 0.41)], **tenth)
+    evaluated(run, "finetune-0.1", "finetune", 0.52, [(1, 0.42), (200, 0.52)], **tenth)
+    evaluated(run, "random-probe-0.1", "probe", 0.13, init="random", **tenth)
+    evaluated(run, "random-finetune-0.1", "finetune", 0.24, init="random", **tenth)
+    evaluated(run, "supervised", "supervised", 0.66, init="random")
+    return run
+
+
+def test_accuracy_along_the_pretraining(table_1):
+    evaluated(table_1, "supervised-0.1", "supervised", 0.25, init="random", labels=0.1)
+    run = plots.read_run(table_1)
+    top1, top3 = map(curves, plots.draw_along(run).axes)
+    frozen, tuned = (f"SimCLR, {mode}, 10% of the labels" for mode in ("frozen", "fine-tuned"))
+    np.testing.assert_allclose(top1[frozen], [31, 36, 41])
+    np.testing.assert_allclose(top1[tuned], [42, 52])
+    np.testing.assert_allclose(top3[tuned], [52, 62])
+    assert top1["supervised, 10% of the labels"].tolist() == [25, 25]
+    assert top1["supervised, 100% of the labels"].tolist() == [66, 66]
+    assert len(top1) == 5 and top1["guessing"][0] == 10
+    for path in table_1.glob("*/along.jsonl"):
+        path.unlink()
+    assert not plots.read_run(table_1).along
+
+
+def test_table_1(table_1):
+    rows = cells(report.table_1(plots.read_run(table_1)))
+    assert rows["SimCLR, 10% of the labels"] == ["52.00%", "72.00%", "41.00%", "61.00%"]
+    assert rows["Random init, 10% of the labels"] == ["24.00%", "44.00%", "13.00%", "33.00%"]
+    assert rows["Alabdulrazzaq et al.: SimCLR"] == ["77.4%", "94.8%", "71.3%", "93.6%"]
+    assert rows["Alabdulrazzaq et al.: random init"] == ["38.2%", "60.1%", "15.6%", "34.4%"]
+    shutil.rmtree(table_1 / "finetune-0.1")
+    shutil.rmtree(table_1 / "random-finetune-0.1")
+    evaluated(table_1, "supervised-0.1", "supervised", 0.25, init="random", labels=0.1)
+    rows = cells(table := report.table_1(plots.read_run(table_1)))
+    assert rows["SimCLR, 10% of the labels"] == ["", "", "41.00%", "61.00%"]
+    assert rows["Random init, 10% of the labels"][0] == "25.00%"  # the same experiment
+    assert table.endswith("trained with labels only.")
+    change(table_1, data=DATA | dict(name="cifar100"))
+    assert "Alabdulrazzaq" not in report.table_1(plots.read_run(table_1))
+
+
+# ---------------------------------------------------------------- reports
+def test_report_of_a_run_with_everything(finished, draw, light, tmp_path):
+    names, _ = draw(finished, "--report")
     text = (tmp_path / "figures/report.md").read_text()
-    assert links(text) == names == WITH_IMAGES and "report.md" in out
-    linear = torch.load(run / "linear.pt", weights_only=True)["result"]
-    rows = cells(text)
-    row = [f"{linear['test_loss']:.4f}", *(f"{100 * linear[f'top{k}']:.2f} %" for k in (1, 3, 5))]
-    assert rows["MoCo"] == row
-    assert [row for name, row in rows.items() if "first course report" in name] == [
-        ["67.3899", "40.99 %", "", "87.40 %"]
+    assert text.startswith("# MoCo on CIFAR-10 (ResNet-18, 200 epochs)\n")
+    assert re.findall(r"!\[Figure (\d)\]\((\w+)\.png\)", text) == [
+        (str(i), name) for i, name in enumerate(report.CAPTIONS, 1)
     ]
-    for line in map(json.loads, (run / "knn.jsonl").read_text().splitlines()):
-        what = {"pixels": "raw pixels", "random": "untrained encoder"}.get(line["what"])
-        assert f"| {what or 'MoCo, epoch 2'} | {100 * line['top1']:.2f} % | 5 | 0.1 |" in text
-    assert rows["batch_size"] == ["40"] and rows["queue_size"] == ["50"] and rows["seed"] == ["0"]
-    assert "- `epochs`: 100 → 2\n" in text and "- `key_momentum`" not in text
+    assert len(set(re.findall(r"^\*\*Figure (\d)\.\*\* \w", text, re.MULTILINE))) == len(names)
+    assert re.search(r"\| MoCo, 200 epochs +\| 60\.00% \| +7 \|", text)
+    assert "67.3899, top-1 40.99%, top-5 87.40%" in text and "{queue" not in text
+    assert "- Linear probe: 55.00%, +20.0 points over untrained encoder (35.00%).\n" in text
+    assert "- k-NN: 60.00%, +40.0 points over raw pixels (20.00%).\n" in text
+    assert "Easiest class: j (59.00%), hardest: a (50.00%)." in text and "guessing (" not in text
+    rows = cells(text)
+    assert rows["batch_size"] == ["512"] and rows["seed"] == ["0"] and "head_hidden" not in rows
+    assert "- `epochs`: 100 → 200\n" in text and "- `key_momentum`" not in text
+
+
+def test_conclusions_say_when_nothing_was_learned(finished):
+    evaluated(finished, top1=0.36)
+    result = torch.load(finished / "linear.pt", weights_only=True)["result"]
+    change(finished, "linear.pt", result=result | dict(test_loss=67.39))
+    text = report.conclusions(plots.read_run(finished))
+    error = 200 * (0.36 * 0.64 / 1000 + 0.35 * 0.65 / 1000) ** 0.5
+    assert (
+        f"+1.0 points over untrained encoder (35.00%), within sampling error (±{error:.1f})" in text
+    )
+    assert "test loss of 67.39 is worse than guessing (2.30)" in text
 
 
 def test_report_links_no_figure_that_was_not_made(craft, draw, light, tmp_path):
-    run = craft(fast_moco, "fast", knn=None)
-    names, _ = draw(run, "--report")
+    names, _ = draw(craft(fast_moco, "fast", knn=None), "--report")
     text = (tmp_path / "figures/report.md").read_text()
-    assert links(text) == names == {"pretraining", "diagram"}
+    assert set(re.findall(r"\((\w+)\.png\)", text)) == names == {"pretraining", "diagram"}
     missing = re.search("Not drawn, .*: (.*)\\.", text)[1].split(", ")
-    assert {*missing, *names} == {*plots.CAPTIONS}
-    assert "weighted k-NN" not in text and "linear probe |" not in text  # what was not measured
+    assert {*missing, *names} == {*report.CAPTIONS} == ALL
+    assert "evaluation " not in text and "- k-NN" not in text  # what was not measured
 
 
-def test_each_of_several_runs_has_its_report(craft, draw, light, few, tmp_path):
+def test_each_of_several_runs_has_its_report(craft, draw, light, tmp_path):
     draw(craft(simclr, "a"), craft(moco_cifar, "b"), "--report")
-    for name, title in (("a", "# SimCLR: a"), ("b", "# MoCo: b")):
+    for name, title in (("a", "# SimCLR on"), ("b", "# MoCo on")):
         assert (tmp_path / f"figures/{name}/report.md").read_text().startswith(title)
 
 
@@ -384,58 +445,56 @@ def test_report_of_an_unfinished_run_and_of_an_evaluation_alone(craft, draw, lig
     run = craft(simclr, "a")
     change(run, epoch=7)
     draw(run, "--report")
-    assert "epoch 7 of 200 (unfinished)" in (tmp_path / "figures/report.md").read_text()
+    assert "7 of 200 epochs" in (tmp_path / "figures/report.md").read_text()
     evaluated(run, mode="supervised")
+    change(run, "linear.pt", method="supervised")
     draw(run / "linear.pt", "--report")
-    assert "supervised, 100 % of the labels" in (tmp_path / "figures/report.md").read_text()
+    assert "supervised, 100% of the labels" in (tmp_path / "figures/report.md").read_text()
 
 
-def differing(text):
-    return set(re.findall(r"^- (.*)$", text, re.MULTILINE))
+def differing(folder):
+    text = report.report(plots.read_run(folder), [])
+    return set(re.findall(r"^- (`.*)$", text, re.MULTILINE))
 
 
 def test_what_differs_from_the_document(craft, table_1):
-    report = lambda folder: differing(plots.report(plots.read_run(folder), {}))
     settings = moco_cifar.RECIPES["report"]
     run = craft(moco_cifar, "report", **settings)
     said = dict(epochs=100, batch_size=128, optimizer="sgd", weight_decay=0.0)
     evaluated(run, **said)
-    assert report(run) == set()
+    assert differing(run) == set()
     other = craft(moco_cifar, "other", **settings | dict(lr=0.06, blur=0.5))
     evaluated(other, **said | dict(batch_size=256))
-    assert report(other) == {
+    assert differing(other) == {
         "`lr`: 0.015 → 0.06",
         "`blur`: 0 → 0.5",
-        "`batch_size`: 128 → 256 (MoCo, frozen, 100 % of the labels)",
+        "`batch_size`: 128 → 256 (MoCo, frozen, 100% of the labels)",
     }
-    lines = report(table_1)
+    lines = differing(table_1)
     assert {"`batch_size`: 200 → 64", "`head`: linear → mlp", "`lr`: 0.001 → 0.06"} <= lines
-    assert "`lr`: 0.001 → 10 (SimCLR, fine-tuned, 10 % of the labels)" in lines
-    assert not [line for line in lines if "gray" in line or "labels`" in line or "random" in line]
+    assert "`lr`: 0.001 → 10 (SimCLR, fine-tuned, 10% of the labels)" in lines
+    assert not [line for line in lines if "gray" in line or "labels`" in line or "untrain" in line]
     run = craft(fast_moco, "paper", **fast_moco.RECIPES["paper-20"], arch="resnet50")
-    assert report(run) == {"`data`: ImageNet → cifar10"}  # 20 epochs go with a rate of 0.15
+    assert differing(run) == {"`data`: ImageNet → cifar10"}  # 20 epochs go with a rate of 0.15
     run = craft(fast_moco, "long", **fast_moco.RECIPES["paper"] | dict(epochs=300))
-    assert "`epochs`: 100 or 200 or 400 → 300" in report(run)
+    assert "`epochs`: 100 or 200 or 400 → 300" in differing(run)
 
 
 def test_an_augmentation_that_is_not_used_differs(craft):
     run = craft(simclr, "a", **simclr.RECIPES["report"] | dict(batch_size=200, augment="crop"))
-    assert differing(plots.report(plots.read_run(run), {})) == {
-        "`flip`: 0.5 → 0",
-        "`gray`: 0.2 → 0",
-    }
+    assert differing(run) == {"`flip`: 0.5 → 0", "`gray`: 0.2 → 0"}
 
 
-def test_report_that_cannot_be_written(craft, few, tmp_path, refused):
-    run = craft(simclr, "a")
+def test_report_that_cannot_be_written(craft, tmp_path, refused, light):
     (tmp_path / "figures/report.md").mkdir(parents=True)
-    refused(plots.main, [run, "--report", "--out", tmp_path / "figures"], "report.md")
+    argv = [craft(simclr, "a"), "--report", "--out", tmp_path / "figures"]
+    refused(plots.main, argv, "report.md")
 
 
 # ---------------------------------------------------------------- ablations
 def ablate(name, folders):
-    groups = plots.group_runs(name, [plots.read_run(folder) for folder in folders])
-    return groups, cells(plots.ablation_table(name, groups))
+    groups = report.group_runs(name, [plots.read_run(folder) for folder in folders])
+    return groups, cells(report.ablation_table(name, groups))
 
 
 def test_mean_and_deviation_over_seeds(craft):
@@ -445,50 +504,60 @@ def test_mean_and_deviation_over_seeds(craft):
         evaluated(folders[-1], top1=top1)
     _, rows = ablate("stage", folders)
     # of 70 and 72: 71 ± sqrt(2); of 80, 84 and 91: 85 ± sqrt((25 + 1 + 36) / 2)
-    assert rows["final"] == [
-        "3",
-        "71.00 ± 1.41 (n = 2)",
-        "85.00 ± 5.57",
-        "2.00 ± 1.00",
-        "drawn only",
-    ]
-    assert rows["proj"] == ["1", "60.00", "", "3.00", "drawn only"]
+    assert rows["final"] == ["3", "71.00 ± 1.41 (n = 2)", "85.00 ± 5.57", "2.00 ± 1.00", ""]
+    assert rows["proj"] == ["1", "60.00", "", "3.00", ""]
 
 
 ORDERS = {
-    "stage": ("combine_at", "input stage1 stage2 stage3 final proj pred", "drawn only"),
-    "encode": ("encode", "whole sample sample-combine montage divide divide-combine", "drawn only"),
+    "stage": ("combine_at", "input stage1 stage2 stage3 final proj pred", ""),
+    "encode": ("encode", "whole divide divide-combine sample sample-combine montage", ""),
     "parts": ("parts_combined", "1 2 3 4", ""),
     "batch": ("batch_size", "128 256 512 1024", {"256": "72.5", "512": "73.5", "1024": "73.6"}),
-    "epochs": ("epochs", "20 100 200 400", {"100": "73.5", "200": "75.1", "400": "75.5"}),
+    "epochs": ("epochs", "20 40 80", {"20": "73.5", "40": "75.1", "80": "75.5"}),
 }
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_ablation_has_the_order_and_the_figures_of_the_document(name, craft):
-    field, values, document = ORDERS[name]
+def test_ablation_has_the_order_and_the_figures_of_the_paper(name, craft):
+    field, values, paper = ORDERS[name]
     values, kind = values.split(), type(getattr(fast_moco.Config(), field))
     folders = []
     for value in sorted(values):  # in another order
-        folders.append(
-            craft(fast_moco, value, 0.3 + 0.01 * values.index(value), **{field: kind(value)})
-        )
+        knn = 0.3 + 0.01 * values.index(value)
+        folders.append(craft(fast_moco, value, knn, **{field: kind(value)}))
         evaluated(folders[-1], top1=0.6)
     groups, rows = ablate(name, folders)
     assert [*rows][2 : 2 + len(values)] == values
     for value in values:
-        expected = document if isinstance(document, str) else document.get(value, "")
-        assert rows[value][-1] == expected
-    panels = plots.draw_ablation(name, groups).axes
-    assert len(panels) == 3
+        assert rows[value][-1] == (paper.get(value, "") if paper else "")
+    panels = report.draw_ablation_figure(name, groups).axes
     expected = [30 + i for i in range(len(values))]
-    if name in plots.CURVES:
-        np.testing.assert_allclose(panels[0].lines[0].get_ydata().astype(float), expected)
-        labels = panels[0].get_xticklabels()
-    else:
+    if name == "encode":
         np.testing.assert_allclose([bar.get_width() for bar in panels[0].patches], expected)
         labels = panels[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == values
+    else:
+        np.testing.assert_allclose(panels[0].lines[0].get_ydata().astype(float), expected)
+        labels = panels[0].get_xticklabels()
+    assert len(panels) == 3 and [label.get_text() for label in labels] == values
+
+
+def test_few_labels_have_a_column_of_their_own(craft):
+    folders = [craft(fast_moco, str(n), epochs=n) for n in (20, 40)]
+    for folder in folders:
+        evaluated(folder, top1=0.6)
+        evaluated(folder, "probe-0.1", top1=0.4, labels=0.1)
+    _, rows = ablate("epochs", folders)
+    assert rows["20"] == ["1", "50.00", "60.00", "40.00", "3.00", "73.5"]
+
+
+def test_two_settings_make_lines(craft):
+    how = [dict(head=head, temperature=t) for head in ("mlp", "linear") for t in (0.2, 0.07)]
+    folders = [craft(moco_cifar, str(i), 0.1 * i, **settings) for i, settings in enumerate(how)]
+    groups, rows = ablate("temperature", folders)
+    assert [*rows][2:6] == ["linear, 0.07", "linear, 0.2", "mlp, 0.07", "mlp, 0.2"]
+    lines = report.draw_ablation_figure("temperature", groups).axes[0].lines
+    drawn = [line.get_ydata().astype(float) for line in lines if line.get_marker() in "os"]
+    np.testing.assert_allclose(drawn, [[30, 20], [10, 0]], atol=1e-9)
 
 
 def test_ablation_of_frameworks_shows_the_gain(craft):
@@ -502,25 +571,24 @@ def test_ablation_of_frameworks_shows_the_gain(craft):
         folders.append(craft(fast_moco, f"adamw-{encode}", 0.5, **settings))
     groups, rows = ablate("frameworks", folders)
     names = ["NNCLR", "BYOL", "SimSiam", "MoCo v3", "MoCo v3, AdamW"]
-    patches = " + combinatorial patches"
+    patches = " + patches"
     assert [*rows][2:12] == [text for name in names for text in (name, name + patches)]
     printed = ["69.4", "72.5 (+3.1)", "66.5", "73.6 (+7.1)", "68.1", "71.7 (+3.6)", "", "73.5"]
     printed += ["69.3", "71.7 (+2.4)"]
     assert [row[-1] for row in [*rows.values()][2:12]] == printed
     assert rows["NNCLR" + patches][1] == "58.00 (+8.00)" and rows["NNCLR"][1] == "50.00"
-    assert "58.00 (+8.00)" in texts(plots.draw_ablation("frameworks", groups))
-    about = plots.about_ablation("frameworks", groups)
-    assert "differ also in lr (0.001; 0.1), weight_decay (0.0001; 0.05)" in about
+    assert "58.00 (+8.00)" in texts(report.draw_ablation_figure("frameworks", groups))
+    table = report.ablation_table("frameworks", groups)
+    assert "also differ in lr (0.001; 0.1), weight_decay (0.0001; 0.05)." in table
 
 
 def test_ablation_writes_one_figure_and_one_table(craft, draw, tmp_path):
     runs = [craft(simclr, f"b{n}", batch_size=n) for n in (64, 128)]
-    names, out = draw(*runs, "--ablation", "batch")
+    _, out = draw(*runs, "--ablation", "batch-simclr")
     files = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert files == {f"ablation-batch.{kind}" for kind in ("png", "pdf", "md")}
-    text = (tmp_path / "figures/ablation-batch.md").read_text()
-    assert cells(text)["64"] == ["1", "50.00", "", "3.00", ""]  # no figure is of SimCLR
-    assert "fast" not in text.lower() and "| 128 | 1 |" in out
+    assert files == {f"ablation-batch-simclr.{kind}" for kind in ("png", "pdf", "md")}
+    text = (tmp_path / "figures/ablation-batch-simclr.md").read_text()
+    assert cells(text)["64"] == ["1", "50.00", "3.00", ""] and "| 128 " in out
 
 
 def test_refused_ablations(craft, tmp_path, refused):
@@ -529,5 +597,11 @@ def test_refused_ablations(craft, tmp_path, refused):
     refused(plots.main, [*runs[:2], *argv, "stage"], "differ in combine_at")
     refused(plots.main, [*runs, *argv, "encode"], "has no setting encode")
     refused(plots.main, [runs[0], craft(simclr, "d", epochs=3), *argv, "epochs"], "one method")
-    refused(plots.main, [*runs, *argv, "seeds"], "--ablation")
+    refused(plots.main, [*runs, *argv, "seeds"], "--ablation seeds: must be one of")
     assert not (tmp_path / "figures").exists()
+
+
+def test_the_style_is_set_back(finished, draw, light):
+    before = dict(matplotlib.rcParams)
+    draw(finished)
+    assert before == dict(matplotlib.rcParams)

@@ -1,0 +1,399 @@
+"""Comparisons of several runs, ablations, and course reports. plots.py draws them with this file:
+
+python plots.py runs/moco runs/simclr                  # draw_comparisons()
+python plots.py runs/ablate-batch/* --ablation batch   # draw_ablation()
+python plots.py runs/moco --report                     # report()
+"""
+
+import json
+import math
+import os
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from ablations import ABLATIONS, printed_for
+
+import plots
+from plots import UserError, as_table, draw_curve, fill, knn_of, new_figure, percent
+
+# settings that make no difference to a result
+LOCAL = "seed out data_dir device knn_every keep_every save_seconds compile restart".split()
+
+
+# %% Several runs on one data set
+def draw_comparisons(runs, folder):
+    """One figure for each data set with several runs"""
+    for data in dict.fromkeys(run.dataset for run in runs):
+        some = [run for run in runs if run.dataset == data]
+        name = "comparison" if some == runs else f"comparison-{data}"
+        if some[1:]:
+            plots.save_figure(draw_comparison(some), folder / name)
+            print(f"{folder}/ (.png and .pdf): {name}")
+
+
+def draw_comparison(runs):
+    """At equal epochs, in equal time, and what the probes reach; seeds are averaged"""
+    groups = same_but_seed(runs)
+    probes = {name: spread(some, "probe top-1 (%)") for name, some in groups.items()}
+    bars = sum(map(bool, probes.values()))
+    figure = new_figure(f"Comparison on {runs[0].dataset}", 11, 4.5 + 0.4 * bars)
+    places = [["loss", "knn", "time"], *[["probe"] * 3] * bool(bars)]
+    panels = figure.subplot_mosaic(places, height_ratios=[3.2, 0.3 + 0.4 * bars][: len(places)])
+    for i, (name, some) in enumerate(groups.items()):
+        rows = mean_history(some)
+        draw_curve(panels["loss"], rows, "loss", name, i)
+        draw_curve(panels["knn"], rows, "knn_top1", name, i, 100)
+        draw_curve(panels["time"], rows, "knn_top1", name, i, 100, against="minutes")
+        if probes[name]:
+            mean, deviation, _ = probes[name]
+            bar = panels["probe"].barh(fill(name, 40), mean, xerr=deviation, color=f"C{i}")
+            panels["probe"].bar_label(bar, fmt="%.1f", padding=3)
+            limits = dict(xlim=(0, 100), ylim=(bars - 0.4, -0.6))
+            panels["probe"].set(xlabel="linear probe, top-1 (%)", **limits)
+    for key, text in zip(panels, ("loss (nats)", "k-NN top-1 (%)", "k-NN top-1 (%)", "")):
+        panels[key].set_ylabel(text)
+    plots.legend_below(figure)
+    return figure
+
+
+def same_but_seed(runs):
+    """-> {name: runs that differ only in their seed}"""
+    groups, named = defaultdict(dict), {}
+    for run in runs:
+        settings = sorted((k, str(v)) for k, v in run.config.items() if k not in LOCAL)
+        key, seed = (run.method, run.epoch, *settings), run.config.get("seed")
+        key = (*key, run.name) if seed in groups[key] else key  # a seed counts once
+        groups[key][seed] = run
+    for some in groups.values():
+        names = [run.name for run in some.values()]
+        shared = os.path.commonprefix(names).removesuffix("seed").rstrip("-_") or names[0]
+        name = f"{shared}, {len(names)} seeds" if names[1:] else names[0]
+        named[name if name not in named else names[0]] = [*some.values()]
+    return named
+
+
+def mean_history(runs):
+    """The mean over runs of each value in each epoch, and under "± name" its standard deviation"""
+    rows = []
+    for some in zip(*(run.history for run in runs)):
+        shared = [key for key in some[0] if all(key in row for row in some)]
+        values = {key: [row[key] for row in some] for key in shared}
+        rows.append({key: statistics.mean(values[key]) for key in shared})
+        rows[-1] |= {f"± {key}": statistics.stdev(values[key]) for key in shared if runs[1:]}
+    return rows
+
+
+# %% Ablations
+def measured(run):
+    """-> {what: its value}, in percent and minutes, of what was measured"""
+    knn, last = knn_of(run).get("top1"), run.history[-1] if run.history else {}
+    found = {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
+    for e in run.evaluations.values():
+        if (e.mode, e.init) == ("probe", "pretrained") and e.result:
+            few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
+            found[f"probe top-1{few} (%)"] = 100 * e.result["top1"]
+    return found | ({"minutes": last["seconds"] / 60} if "seconds" in last else {})
+
+
+def columns_of(groups):
+    """What was measured in any run: k-NN, probes, minutes"""
+    found = {key for run in sum(groups.values(), []) for key in measured(run)}
+    return sorted(found, key=lambda key: ("kpm".index(key[0]), len(key)))
+
+
+def spread(runs, key):
+    """-> mean, standard deviation (n - 1; of one: None), n; None if nothing was measured"""
+    values = [value for run in runs if (value := measured(run).get(key)) is not None]
+    deviation = statistics.stdev(values) if values[1:] else None
+    return (statistics.mean(values), deviation, len(values)) if values else None
+
+
+def group_runs(name, runs):
+    """-> {setting: the runs that have it, which differ in the seed}, in the order of the paper"""
+    if name not in ABLATIONS:
+        raise UserError(f"--ablation {name}: must be one of {', '.join(ABLATIONS)}")
+    fields, grid, groups = ABLATIONS[name]["fields"], ABLATIONS[name]["grid"], defaultdict(list)
+    for run in runs:
+        if missing := [field for field in fields if field not in run.config]:
+            raise UserError(f"--ablation {name}: {run.path} has no setting {missing[0]}")
+        groups[tuple(run.config[field] for field in fields)].append(run)
+    if len({run.method for run in runs}) > 1 or len(groups) < 2:
+        what = f"takes runs of one method that differ in {' or '.join(fields)}"
+        raise UserError(f"--ablation {name}: {what}, these are {len(groups)} settings")
+
+    def rank(setting):  # numbers by size, names as the paper lists them
+        order = [[row[field] for row in grid] for field in fields]
+        places = [o.index(v) if v in o else len(o) for v, o in zip(setting, order)]
+        return [v if isinstance(v, int | float) else p for v, p in zip(setting, places)]
+
+    return {setting: groups[setting] for setting in sorted(groups, key=rank)}
+
+
+def paper_figures(name, groups):
+    """-> {setting: the paper's figure, or None}"""
+    shortest = min(run.epochs for runs in groups.values() for run in runs)
+    return {setting: printed_for(name, setting, shortest) for setting in groups}
+
+
+def gain(setting, values):
+    """What patches add to a framework (Fast-MoCo, Table 3), or None; values: {setting: value}"""
+    without = values.get((*setting[:-1], "whole")) if setting[-1] != "whole" else None
+    return values[setting] - without if without and values[setting] else None
+
+
+def label_of(setting):
+    """A setting as text"""
+    if len(setting) == 3 and setting[0] in plots.FRAMEWORKS:
+        framework, optimizer, encode = setting
+        name = plots.FRAMEWORKS[framework].removesuffix(" (ctr)")
+        name += ", AdamW" * (optimizer == "adamw")
+        return name + {"whole": "", "divide-combine": " + patches"}.get(encode, f", {encode}")
+    return ", ".join(map(plain, setting))
+
+
+def draw_ablation_figure(name, groups):
+    """What each setting is worth, and what it costs: curves over numbers and stages, or bars"""
+    fields, paper, keys = ABLATIONS[name]["fields"], paper_figures(name, groups), columns_of(groups)
+    ticks = [*dict.fromkeys(setting[-1] for setting in groups)]
+    curves = name == "stage" or all(isinstance(v, int | float) for v in ticks)
+    height = 4.2 if curves else 2.2 + 0.35 * len(groups)
+    figure = new_figure(ABLATIONS[name]["title"], 3.6 * len(keys) + 1, height)
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        found = {s: spread(runs, key) for s, runs in groups.items() if spread(runs, key)}
+        means = {s: mean for s, (mean, _, _) in found.items()}
+        for i, line in enumerate(dict.fromkeys(s[:-1] for s in groups) if curves else ()):
+            some = [s for s in found if s[:-1] == line]
+            x, errors = [ticks.index(s[-1]) for s in some], [found[s][1] or 0 for s in some]
+            look = dict(color=f"C{i}", marker=plots.MARKERS[i % 10], ls=plots.DASHES[i % 5])
+            axes.errorbar(
+                x, [means[s] for s in some], errors, capsize=3, label=label_of(line), **look
+            )
+            said = [(ticks.index(s[-1]), paper[s]) for s in groups if s[:-1] == line and paper[s]]
+            if said and key == "probe top-1 (%)":
+                axes.plot(*zip(*said), color=f"C{i}", ls=":", marker="s", mfc="w", label="paper")
+        if curves:
+            axes.set_xticks(range(len(ticks)), map(plain, ticks))
+            axes.set(xlabel=fields[-1], ylabel=key)
+            axes.grid(alpha=0.25)
+            continue
+        places = [[*groups].index(s) for s in found]
+        colors = ["C5" if "whole" in s else "C0" for s in found]
+        errors = [found[s][1] or 0 for s in found] if any(found[s][1] for s in found) else None
+        bars = axes.barh(places, means.values(), xerr=errors, color=colors, capsize=3)
+        more = [gain(s, defaultdict(lambda: None, means)) for s in found]
+        text = [f"{m:.2f}" + (f" ({g:+.2f})" if g else "") for m, g in zip(means.values(), more)]
+        axes.bar_label(bars, text, padding=3, size=8)
+        labels = [fill(label_of(s), 30) if key == keys[0] else "" for s in groups]
+        axes.set_yticks(range(len(groups)), labels)
+        axes.set(xlabel=key, xlim=(0, 1.4 * max(means.values())), ylim=(len(groups) - 0.4, -0.6))
+    if curves and any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
+        plots.legend_below(figure)
+    return figure
+
+
+def ablation_table(name, groups):
+    """The same as Markdown, beside what the paper prints, and how it was measured"""
+    runs, paper, rows = sum(groups.values(), []), paper_figures(name, groups), []
+    keys = columns_of(groups)
+    means = {k: {s: (spread(some, k) or [None])[0] for s, some in groups.items()} for k in keys}
+    for setting, some in groups.items():
+        cells = [label_of(setting), len(some)]
+        for key in keys:
+            mean, deviation, n = spread(some, key) or (None, None, 0)
+            text = f"{mean:.2f}" if n else ""
+            text += f" ± {deviation:.2f}" if deviation is not None else ""
+            text += f" (n = {n})" * (0 < n < len(some))
+            more = gain(setting, means[key])
+            cells.append(text + (f" ({more:+.2f})" if more is not None else ""))
+        text, more = paper[setting] or "", gain(setting, paper)
+        rows.append([*cells, f"{text} ({more:+.1f})" if more is not None else text])
+    settings, vary = runs[0].config.keys() - {*ABLATIONS[name]["fields"], *LOCAL}, []
+    for key in sorted(settings):
+        values = sorted({plain(run.config.get(key)) for run in runs})
+        vary += [f"{key} ({'; '.join(values)})"] if values[1:] else []
+    text = f"{runs[0].label} on {runs[0].dataset}, {len(runs)} runs, seeds "
+    text += ", ".join(map(str, sorted({run.config.get("seed", 0) for run in runs})))
+    text += ". Mean ± standard deviation (n - 1) of the last epoch over runs of one setting; k-NN: "
+    text += f"k = {knn_of(runs[0]).get('k')}, backbone features; minutes: of pretraining. "
+    text += f"Printed figures: {ABLATIONS[name]['source']}."
+    late = ", ".join(run.name for run in runs if run.epoch < run.epochs)
+    text += f" Not finished: {late}." * bool(late)
+    text += f" The runs also differ in {', '.join(vary)}." if vary else ""
+    return f"{as_table([name, 'runs', *keys, 'printed'], rows)}\n\n{text}"
+
+
+def draw_ablation(config, runs):
+    """One figure and one table of runs that differ in one setting"""
+    name, folder = config.ablation, Path(config.out)
+    groups, page = group_runs(name, runs), Path(config.table or folder / f"ablation-{name}.md")
+    table = ablation_table(name, groups)
+    text = plots.page_with(table, page)
+    plots.save_figure(draw_ablation_figure(name, groups), folder / f"ablation-{name}")
+    plots.write_page(page, text)
+    print(f"{table}\n\n{page} has this table; figure (.png and .pdf): {folder}/ablation-{name}")
+
+
+# %% Course reports
+# what the source documents state of their method, settings and results; captions
+TEXTS = json.loads(Path(__file__).with_name("documents.json").read_text())
+DOCUMENTS, CAPTIONS = TEXTS["documents"], TEXTS["captions"]
+AUGMENTATIONS = dict(crop=("crop_scale", 1), flip=("flip", 0), color=("jitter", 0))
+AUGMENTATIONS |= dict(gray=("gray", 0), blur=("blur", 0))  # SimCLR's --augment names those in use
+INACTIVE = {  # setting: when it has no effect
+    "head_hidden": lambda c: c.get("head") == "linear",
+    "sgd_momentum": lambda c: c.get("optimizer", "sgd") != "sgd",
+    "warmup_start": lambda c: not c.get("warmup_epochs"),
+    "grid": lambda c: c["encode"] == "whole",
+    "parts_combined": lambda c: c["encode"] in ("whole", "divide", "sample"),
+    "combine_at": lambda c: c["encode"] in ("whole", "divide", "sample"),
+    "queue_size": lambda c: c.get("framework", "nnclr") != "nnclr",
+}
+
+
+def plain(value):
+    """A setting as text; data sets without their folder"""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    if value is None or isinstance(value, bool):
+        return {None: "not recorded", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value).split("/")[-1]
+
+
+def settings_of(run):
+    """The settings of the pretraining that had an effect"""
+    config = {"optimizer": "sgd"} | run.config if run.method == "moco" else dict(run.config)
+    for name, (field, off) in AUGMENTATIONS.items():
+        if isinstance(config.get("augment"), str) and name not in config["augment"].split(","):
+            config[field] = off
+    off = [key for key, rule in INACTIVE.items() if key in config and rule(config)]
+    off = {*off, *LOCAL} - {"seed"}
+    return {key: value for key, value in config.items() if key not in off}
+
+
+def differences(said, config, where=""):
+    """What a document says of settings, where that is not what was done: lines of Markdown"""
+    lines = []
+    for key, value in said.items():
+        here = config.get(key)
+        here = here[0] if isinstance(here, list | tuple) and len(here) == 1 else here
+        if here not in (value if isinstance(value, list) else [value]):
+            value = " or ".join(map(plain, value)) if isinstance(value, list) else plain(value)
+            lines.append(f"- `{key}`: {value} → {plain(here)}{where}")
+    return lines
+
+
+def conclusions(run):
+    """What the numbers say: lines of Markdown"""
+    probe, untrained = ((p or {}).get("result", {}) for p in (run.probe, run.untrained))
+    pairs = [("Linear probe", probe, probe.get("n_test"), "random", untrained)]
+    knn, n = knn_of(run), run.data["n_test"]
+    pairs += [("k-NN", knn, n, what, knn_of(run, what)) for what in plots.BASELINES]
+    lines = []
+    for name, ours, n, what, other in pairs:
+        if "top1" in ours and "top1" in other and ours.get("k") == other.get("k"):
+            value, base = ours["top1"], other["top1"]
+            error = 200 * math.sqrt((value * (1 - value) + base * (1 - base)) / n)
+            text = f"- {name}: {percent(value)}, {100 * (value - base):+.1f} points over "
+            text += f"{plots.BASELINES[what]} ({percent(base)})"
+            weak = 100 * abs(value - base) < error  # two standard errors of the difference
+            lines.append(f"{text}{f', within sampling error (±{error:.1f})' * weak}.")
+    if probe.get("test_loss", 0) > (guess := math.log(len(run.classes))):
+        text = f"- The probe's test loss of {probe['test_loss']:.2f} is worse than guessing "
+        lines.append(f"{text}({guess:.2f}): a lower learning rate may give a better classifier.")
+    if classes := probe.get("per_class"):
+        best, worst = (f(zip(classes, run.classes)) for f in (max, min))
+        text = f"- Easiest class: {best[1]} ({percent(best[0])}), hardest: {worst[1]}"
+        lines.append(f"{text} ({percent(worst[0])}).")
+    return "\n".join(lines)
+
+
+def evaluations_table(run):
+    """All classifiers that were trained on this encoder, or beside it"""
+    rows = []
+    for e in run.evaluations.values():
+        if r := e.result:
+            lr = plain(r.get("lr") or e.config.get("lr"))
+            tops = [percent(r.get(f"top{k}")) for k in (1, 3, 5)]
+            cells = [
+                r.get("n_labels", ""),
+                e.config.get("epochs", ""),
+                e.config.get("optimizer", ""),
+            ]
+            rows.append([e.title, *tops, f"{r['test_loss']:.4f}", *cells, lr])
+    head = "evaluation|top-1|top-3|top-5|loss|labelled images|epochs|optimizer|learning rate"
+    return as_table(head.split("|"), rows) if rows else ""
+
+
+def table_1(run):
+    """Fine-tuned end to end and frozen, for each share of the labels (SimCLR report, Table 1)"""
+    found = {(e.labels, e.init, e.mode): e.result for e in run.evaluations.values() if e.result}
+    rows, note = [], ""
+    for labels in sorted({labels for labels, _, _ in found}):
+        share, supervised = (
+            f"{100 * labels:g}% of the labels",
+            found.get((labels, "random", "supervised")),
+        )
+        for init, name in (("pretrained", run.label), ("random", "Random init")):
+            pair = [found.get((labels, init, mode), {}) for mode in ("finetune", "probe")]
+            if init == "random" and supervised:  # the same experiment under another name
+                pair[0], note = supervised, "\n\nRandom init, end to end: trained with labels only."
+            if any(pair):
+                cells = [percent(result.get(key)) for result in pair for key in ("top1", "top3")]
+                rows.append([f"{name}, {share}", *cells])
+    rows += DOCUMENTS["simclr"]["table"] if run.dataset == "CIFAR-10" else []
+    return as_table(["", "end-to-end top-1", "top-3", "frozen top-1", "top-3"], rows) + note
+
+
+def report(run, drawn):
+    """A report on a run in Markdown, with the figures that were drawn"""
+    said, order = DOCUMENTS.get(run.method, {}), [name for name in CAPTIONS if name in drawn]
+    if run.epochs == 20 and "20 epochs" in said:  # Fast-MoCo's ablations have other rates
+        said = said | {k: said[k] | more for k, more in said["20 epochs"].items()}
+
+    def figures(*names):
+        for name in (name for name in names if name in order):
+            text = CAPTIONS[name].format(run=run)
+            text = f"**Figure {order.index(name) + 1}.** {text[0].upper()}{text[1:]}"
+            yield f"![Figure {order.index(name) + 1}]({name}.png)\n\n{text}"
+
+    settings = settings_of(run)
+    rows = [[key, plain(value)] for key, value in settings.items()]
+    first = [row for row in rows if row[0] in TEXTS["main settings"]]
+    data, machine = run.data, defaultdict(lambda: "?", run.base.get("machine") or {})
+    parts = [
+        f"# {run.title}",
+        f"Run `{run.name}`, written by plots.py" + " after [1]." * bool(said),
+    ]
+    if said:
+        named = defaultdict(lambda: "?", {key: plain(v) for key, v in run.config.items()})
+        parts += ["## 1 Objective", said["aim"], "## 2 Method", said["method"].format_map(named)]
+        parts += [said["loss"]] * bool(plots.chance_of(run))
+    parts += [*figures("diagram", "pairs"), "## 3 Experimental procedure"]
+    text = f"Data: {run.dataset}, {data['n_train']:,} training images and {data['n_test']:,} "
+    text += f"{run.which}s of {data['image_size']} x {data['image_size']} pixels in "
+    text += f"{len(run.classes)} classes. Pretraining sees no label: {run.done}, "
+    text += f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, "
+    text += f"{machine['seconds'] / 60:.1f} minutes." if "seconds" in machine else "time unknown."
+    parts += [text, as_table(["setting", "value"], first, 2), evaluations_table(run)]
+    parts += ["## 4 Results", plots.table_of([run]), TEXTS["k-NN"], conclusions(run)]
+    parts += figures("pretraining", "probe", "classes")
+    parts += [table_1(run)] * (run.method == "simclr" or len(run.evaluations) > 2)
+    parts += figures("along", "neighbours", "map")
+    missing = ", ".join(name for name in CAPTIONS if name not in drawn)
+    parts += [f"Not drawn, because not measured: {missing}."] * bool(missing)
+    if said:
+        lines = differences(said["pretrain"], settings)
+        for e in run.evaluations.values():
+            if e.init == "pretrained" and e.mode in said["modes"]:
+                here = e.config | {"labels": e.labels, "lr": e.result.get("lr", e.config.get("lr"))}
+                lines += differences(said["evaluate"], here, f" ({e.title})")
+        parts += ["## 5 What differs from [1]", "As *stated there → here*:"]
+        parts += ["\n".join(lines) or "Nothing."]
+        if said["results"] and run.dataset == "CIFAR-10":  # other images: no comparison
+            parts.append(f"Results of [1]: {said['results']}.")
+        references = [f"[{i}] {text}." for i, text in enumerate(said["references"], 1)]
+        parts += ["## 6 Discussion", TEXTS["discussion"], "## References", *references]
+    others = [row for row in rows if row not in first]
+    parts += ["## Appendix: other settings", as_table(["setting", "value"], others, 2)]
+    return "\n\n".join(part for part in parts if part) + "\n"
