@@ -203,7 +203,6 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -215,16 +214,15 @@ import sys
 import tempfile
 import typing
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
+SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
 class UserError(Exception):
@@ -291,15 +289,15 @@ def load_data(source, config):
     try:
         arrays = read_torchvision(source, root) if source in BUILTIN else dict(np.load(source))
         for part in ("train", "test"):
-            x, y = (torch.from_numpy(arrays.pop(f"{name}_{part}")) for name in "xy")
-            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3:
+            x, y = torch.from_numpy(arrays.pop(f"x_{part}")), arrays.pop(f"y_{part}")
+            if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != 3 or not len(x):
                 raise ValueError(f"x_{part} is {x.dtype} {tuple(x.shape)}, not uint8 (N, H, W, 3)")
-            if y.is_floating_point() or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 99999:
+            if y.dtype.kind not in "iu" or y.shape != (len(x),) or y.min() < 0 or y.max() > 99999:
                 raise ValueError(f"y_{part} must hold a label, 0, 1, ..., for each image")
             x = x.permute(0, 3, 1, 2)
             if x.shape[2:] != (size, size):
                 x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-            parts += [x, y.long()]
+            parts += [x, torch.from_numpy(y.astype(np.int64))]
         x, y, x_test, y_test = parts
         classes = [str(c) for c in arrays.get("classes", range(1 + max(y.max(), y_test.max())))]
         if len(classes) <= max(y.max(), y_test.max()):
@@ -370,11 +368,13 @@ def find_data(path, checkpoint, config):
 
 # %% Checkpoints
 def write_atomic(path, content, previous=None):
-    """Write, then rename: a crash never leaves half a file. The old file becomes `previous`."""
+    """Write, then rename: a crash never leaves half a file. The old file becomes `previous`.
+    content: bytes, or a function that writes them to a file
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
@@ -395,7 +395,7 @@ def load_checkpoint(path):
         if checkpoint["format"] != FORMAT or not needed <= checkpoint.keys():
             raise ValueError(f"not of format {FORMAT}")
     except Exception as error:  # a foreign file can raise anything
-        why = error if type(error) is ValueError else type(error).__name__
+        why = error if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({why})") from None
     return checkpoint
 
@@ -438,7 +438,7 @@ def record(path, row):
 
 # %% Devices
 def start_device(config):
-    """Join the other processes, if torchrun started any -> the device, and its fastest dtype"""
+    """The device, and its fastest dtype unless --precision names one"""
     name, fast, rank = config.device, "fp32", os.environ.get("LOCAL_RANK")
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -446,7 +446,8 @@ def start_device(config):
     if name.startswith("cuda") and rank:
         name = f"cuda:{rank}"  # one GPU per process
     try:
-        device = torch.zeros(1, device=name).device
+        (probe := torch.zeros(1, device=name)).item()
+        device = probe.device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
@@ -458,34 +459,24 @@ def start_device(config):
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
                 ctypes.CDLL("libc.so.6").mallopt(*option)
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        # they must meet within a minute; afterwards one may take hours to read a folder of images
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=50)))
-        own = dict(device_id=device) if device.type == "cuda" else {}
-        own |= dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
-        store.set_timeout(own["timeout"])
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
-
-
-def process_count():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
 
     def ask(command):
-        return subprocess.run(command, shell=True, capture_output=True, text=True).stdout.strip()
+        folder = Path(__file__).parent if "__file__" in globals() else None
+        how = dict(shell=True, cwd=folder, capture_output=True, text=True)
+        return subprocess.run(command, **how).stdout.strip()
 
-    folder = Path(__file__).parent if "__file__" in globals() else "."
-    commit = ask(f"git -C '{folder}' describe --always --dirty --abbrev=40")
     name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    machine = dict(device=f"{device} {name}", precision=str(dtype), commit=commit, seed=seed)
-    machine |= dict(threads=torch.get_num_threads(), processes=process_count())
-    machine |= dict(torch=str(torch.__version__), python=platform.python_version())
+    machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
+    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
+    machine |= dict(python=platform.python_version())
+    machine |= dict(commit=ask("git describe --always --dirty --abbrev=40"))
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
@@ -505,7 +496,8 @@ def parse_config(argv=None):
         parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
-    for title, name, text in re.findall(line, inspect.getsource(Config), re.MULTILINE):
+    lines = SOURCE.partition("class Config:")[2].partition("\n\n\n")[0]
+    for title, name, text in re.findall(line, lines, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
             continue

@@ -542,7 +542,8 @@ def start_device(config):
     if name.startswith("cuda") and rank:
         name = f"cuda:{rank}"  # one GPU per process
     try:
-        device = torch.zeros(1, device=name).device
+        (probe := torch.zeros(1, device=name)).item()
+        device = probe.device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":

@@ -623,12 +623,13 @@ def draw(config):
 
 def load_report(needed):
     """tools/report.py, which imports this very module as plots; None if it is not there"""
-    folder = Path(globals().get("__file__", "plots.py")).resolve().parent / "tools"
-    if needed and not (folder / "report.py").exists():
+    path = Path(globals().get("__file__", "plots.py")).resolve().parent / "tools/report.py"
+    if path.exists():
+        sys.modules.setdefault("plots", sys.modules[__name__])
+        sys.path.insert(0, str(path.parent))
+        return importlib.import_module("report")
+    if needed:
         raise UserError("--report and --ablation need tools/report.py beside plots.py")
-    sys.modules.setdefault("plots", sys.modules[__name__])
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("report") if (folder / "report.py").exists() else None
 
 
 def page_with(table, path):

@@ -188,7 +188,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    The torch._foreach_ functions treat all tensors of a list in one call, which is fast on a GPU.
+    Each torch._foreach_ function treats all tensors of a list in one call: fast on a GPU.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -196,27 +196,23 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self):
+    def step(self):  # overwrites the gradients
         for group in self.param_groups:
-            learned = [w for w in group["params"] if w.grad is not None]
-            matrices = [w for w in learned if w.ndim > 1]
-            vectors = [w for w in learned if w.ndim <= 1]
-            steps = [w.grad for w in vectors]
-            if matrices:
+            weights = [w for w in group["params"] if w.grad is not None]
+            if matrices := [w for w in weights if w.ndim > 1]:
                 grads, decay = [w.grad for w in matrices], group["weight_decay"]
                 w_norm, grad_norm = (torch.stack(torch._foreach_norm(x)) for x in (matrices, grads))
                 ratio = group["trust"] * w_norm / (grad_norm + decay * w_norm)  # one per matrix
                 ratio = torch.where((w_norm > 0) & (grad_norm > 0), ratio, 1.0)
-                grads = torch._foreach_add(grads, matrices, alpha=decay)
-                steps = [*torch._foreach_mul(grads, ratio.unbind()), *steps]
-            if learned:
-                for w in learned:
-                    if not self.state[w]:
-                        self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-                v = [self.state[w]["momentum_buffer"] for w in matrices + vectors]
+                torch._foreach_add_(grads, matrices, alpha=decay)
+                torch._foreach_mul_(grads, ratio.unbind())
+            for w in weights:
+                if not self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+            if v := [self.state[w]["momentum_buffer"] for w in weights]:
                 torch._foreach_mul_(v, group["momentum"])
-                torch._foreach_add_(v, steps, alpha=group["lr"])
-                torch._foreach_sub_(matrices + vectors, v)
+                torch._foreach_add_(v, [w.grad for w in weights], alpha=group["lr"])
+                torch._foreach_sub_(weights, v)
 
 
 def build_optimizer(config, parameters):
@@ -585,7 +581,8 @@ def start_device(config):
     if name.startswith("cuda") and rank:
         name = f"cuda:{rank}"  # one GPU per process
     try:
-        device = torch.zeros(1, device=name).device
+        (probe := torch.zeros(1, device=name)).item()
+        device = probe.device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
