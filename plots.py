@@ -47,8 +47,7 @@ def draw_pretraining(run):
     if chance := chance_of(run):  # the loss of a network that cannot tell images apart
         draw_level(loss, *chance, 4)
     for x, y in draw_curve(knn, run.history, "knn_top1", run.label, 0, 100)[-1:]:
-        text = f"{y:.1f} (k = {run.settings.knn_k})"
-        knn.annotate(text, (x, y), (5, 6), textcoords="offset points", ha="right")
+        knn.text(x, y, f"{y:.1f} (k = {run.settings.knn_k})\n", ha="right", va="center")
     for i, what in enumerate(BASELINES, 1):
         if row := knn_of(run, what):
             draw_level(knn, 100 * row["top1"], f"{BASELINES[what]} (k = {row['k']})", i)
@@ -129,8 +128,8 @@ def draw_fast_moco(run):
     final = c.combine_at == "final"
     how = f"{len(means)} means of any {len(means[0])} of {parts}" if combines else "not combined"
     how = how if final else f"combined at {c.combine_at}"
-    what = {"whole": "whole", "montage": "of several images"}.get(c.encode, "patches")
-    what = "crops" if "sample" in c.encode else what
+    what = {"whole": "whole", "montage": "of several images"}
+    what = what.get(c.encode, "crops" if "sample" in c.encode else "patches")
     names = f"view_1: {what},\n{parts} x {c.image_size // grid} x {c.image_size // grid}", "view_2"
     net, side = f"{c.arch}, width {c.width}", 0.5 / grid
     nets = [f"encoder, projector,\npredictor\n{net}\n{parts}N = {parts * n} at once"]
