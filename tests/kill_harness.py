@@ -35,7 +35,7 @@ def run(main, argv, kill_after=None):
 
 
 def digest(path):
-    """Of everything in a checkpoint that does not tell the time."""
+    """Of everything in a checkpoint that doesn't depend on the time or the state of git."""
     checkpoint, sha = torch.load(path, weights_only=True), hashlib.sha256()
 
     def add(key, value):
@@ -46,7 +46,7 @@ def digest(path):
             add(key, dict(enumerate(value)))
         elif isinstance(value, torch.Tensor):
             sha.update(key.encode() + value.contiguous().numpy().tobytes())
-        elif key.split(".")[-1] not in ("seconds", "started", "out"):
+        elif key.split(".")[-1] not in ("seconds", "started", "commit", "out"):
             sha.update(f"{key}={value}".encode())
 
     add("", checkpoint)
