@@ -32,10 +32,10 @@ import numpy as np
 @dataclasses.dataclass
 class Config:
     runs: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
-    out: str = "figures"  # folder for figures; each of several runs gets one inside
-    table: str = ""  # Markdown file: what is between <!-- table --> and <!-- /table --> is replaced
+    out: str = "figures"  # folder for the figures
+    table: str = ""  # file whose <!-- table --> ... <!-- /table --> is replaced
     report: bool = False  # also write report.md
-    ablation: str = "none"  # of tools/ablations.py: one figure and one table of all the runs
+    ablation: str = "none"  # compare runs, see tools/ablations.py
 
 
 # %% Pretraining
@@ -673,9 +673,11 @@ def parse_flags(argv=None):
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", help="run folders or checkpoint files")
     parser.add_argument("--out", help="folder for the figures [figures]")
-    parser.add_argument("--table", metavar="FILE", help="Markdown file to put the table in")
-    parser.add_argument("--report", action="store_true", help="also write report.md")
-    parser.add_argument("--ablation", metavar="NAME", help="compare runs: see tools/ablations.py")
+    parser.add_argument(
+        "--table", help="file whose <!-- table --> ... <!-- /table --> is replaced []"
+    )
+    parser.add_argument("--report", action="store_true", help="also write report.md [False]")
+    parser.add_argument("--ablation", help="compare runs, see tools/ablations.py [none]")
     parser.set_defaults(**vars(Config()))
     return Config(**vars(parser.parse_args(argv)))
 
