@@ -33,7 +33,7 @@ import numpy as np
 class Config:
     runs: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
     out: str = "figures"  # folder for the figures
-    table: str = ""  # file whose <!-- table --> ... <!-- /table --> is replaced
+    table: str = ""  # Markdown file whose table is replaced
     report: bool = False  # also write report.md
     ablation: str = "none"  # compare runs, see tools/ablations.py
 
@@ -673,9 +673,7 @@ def parse_flags(argv=None):
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", help="run folders or checkpoint files")
     parser.add_argument("--out", help="folder for the figures [figures]")
-    parser.add_argument(
-        "--table", help="file whose <!-- table --> ... <!-- /table --> is replaced []"
-    )
+    parser.add_argument("--table", help="Markdown file whose table is replaced []")
     parser.add_argument("--report", action="store_true", help="also write report.md [False]")
     parser.add_argument("--ablation", help="compare runs, see tools/ablations.py [none]")
     parser.set_defaults(**vars(Config()))
