@@ -669,12 +669,13 @@ def start_device(config):
 def join_processes(device):
     """Meet the processes that torchrun started, if it did."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        # they must meet within a minute; afterwards one may take hours to read a folder of images
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=50)))
+        meet, work = timedelta(seconds=25), timedelta(days=7)  # a folder can take hours to read
+        store, rank, size = next(dist.rendezvous("env://", timeout=meet))
         own = dict(device_id=device) if device.type == "cuda" else {}
-        own |= dict(store=store, rank=rank, world_size=size, timeout=timedelta(days=7))
+        own |= dict(store=store, rank=rank, world_size=size, timeout=meet)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
-        store.set_timeout(own["timeout"])
+        store.set_timeout(work)
+        getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(work)  # torch < 2.14
 
 
 def process_count():
