@@ -631,7 +631,7 @@ def test_each_process_takes_a_gpu_of_its_own(script, monkeypatch, name, local, d
     env = dict(RANK="5", WORLD_SIZE="8", MASTER_ADDR="here", MASTER_PORT="1", LOCAL_RANK=local)
     for key, value in env.items() if local else ():
         monkeypatch.setenv(key, value)
-    tensor = lambda *_, device: SimpleNamespace(device=torch.device(device))
+    tensor = lambda *_, device: SimpleNamespace(device=torch.device(device), item=int)
     monkeypatch.setattr(torch, "zeros", tensor)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -641,6 +641,8 @@ def test_each_process_takes_a_gpu_of_its_own(script, monkeypatch, name, local, d
     monkeypatch.setattr(
         dist, "init_process_group", lambda kind, **how: joined.update(how, kind=kind)
     )
+    lengthen = lambda timeout: joined.update(work=timeout)
+    monkeypatch.setattr(dist, "set_timeout", lengthen, raising=False)
     found, _ = script.start_device(script.Config(device=name))
     script.join_processes(found)
     cuda = [found] * found.type.startswith("cuda")
@@ -648,7 +650,7 @@ def test_each_process_takes_a_gpu_of_its_own(script, monkeypatch, name, local, d
     if local:
         assert joined["kind"] == ("nccl" if cuda else "gloo") and (joined["rank"] == 5)
         assert [joined.get("device_id")] == (cuda or [None])
-        assert joined["timeout"] > timedelta(days=1)
+        assert joined["timeout"] < timedelta(minutes=1) and joined["work"] > timedelta(days=1)
     else:
         assert not joined
 
