@@ -775,6 +775,8 @@ MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds c
 class Run:
     """Brings a training loop its images; measures, logs, saves, resumes after an interruption."""
 
+    lock = None  # of the folder; main() closes it, or a notebook would never let go of the folder
+
     def __init__(self, config):
         self.config, self.out, self.recipe = config, Path(config.out), config
         self.device, self.dtype = start_device(config)
@@ -843,7 +845,7 @@ class Run:
     def take_folder(self):
         """Lock the folder -> the newest whole checkpoint in it and its path, or None"""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock, trouble = open(self.out / ".lock", "a+"), None  # until this process ends
+        Run.lock, trouble = open(self.out / ".lock", "a+"), None
         try:
             import fcntl
 
@@ -1122,6 +1124,8 @@ def main(argv=None):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if Run.lock:
+            Run.lock.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     print(f"error: {message}" if code else message, file=sys.stderr if code else sys.stdout)
