@@ -361,6 +361,12 @@ def test_schedule_is_torchs():
     assert 0 < ours < 1e-4
 
 
+def test_the_rate_changes_with_every_step():
+    config = small(epochs=2, warmup_epochs=1)
+    simclr.train(config, run := ShortRun(config, torch.zeros(6, 3, 8, 8), 3, torch.float32))
+    assert run.rates == [[warmup_cosine(config, step / 3)] for step in range(6)]
+
+
 def test_schedule_at_its_corners():
     config = Config(lr=0.4, epochs=10, warmup_epochs=2)
     at = {0: 0, 1: 0.2, 2: 0.4, 6: 0.2, 10: 0}
