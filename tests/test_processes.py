@@ -127,10 +127,11 @@ def kill(script, number, who=0, when=""):
 
 
 def slow_images(script, number):
-    """The first takes longer to read the images than processes wait for each other by default."""
-    dist.distributed_c10d._get_default_timeout = lambda backend: timedelta(seconds=1)
+    """The first takes longer to read the images than processes may take to meet."""
+    script.timedelta = lambda days=0, seconds=0: timedelta(days, seconds and 5)
+    dist.distributed_c10d._get_default_timeout = lambda backend: timedelta(seconds=5)
     if number == 0:
-        before(script, "cache_folder", lambda *_: time.sleep(3))
+        before(script, "cache_folder", lambda *_: time.sleep(7))
 
 
 def two_nodes(script, number):
@@ -643,6 +644,9 @@ def test_each_process_takes_a_gpu_of_its_own(script, monkeypatch, name, local, d
     )
     lengthen = lambda timeout: joined.update(work=timeout)
     monkeypatch.setattr(dist, "set_timeout", lengthen, raising=False)
+    monkeypatch.setattr(
+        dist.distributed_c10d, "_set_pg_timeout", lengthen, raising=False
+    )  # old torch
     found, _ = script.start_device(script.Config(device=name))
     script.join_processes(found)
     cuda = [found] * found.type.startswith("cuda")
