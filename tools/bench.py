@@ -3,27 +3,19 @@
     python tools/bench.py                      # MoCo and the baseline: up to 5 minutes on 2 cores
     python tools/bench.py --method all --end-to-end-batch-size 0
     python tools/bench.py --arch resnet8 --width 8 --batch-size 16 --images 500    # a quick look
+    python tools/bench.py --count              # what a GPU would do in a step (count_kernels.py)
 
 What is timed is the script's own `train`, fed with random images by its own `Run`. Each variant
-(script or baseline) has a process of its own, and only one works at a time: A B C, A B C, ... The
-machine's noise meets all alike; a ratio is the median of those within a round. A repeat is as many
-steps as fill --seconds, the device synchronised at both ends. The first round, of one step (5 on a
-GPU), is the warm-up; on a CPU it counts if the others are no longer. "step": the batch is ready on
-the device, ours as uint8, to be augmented within the step, the baseline's as finished views. "end
-to end": the data is included. With workers, the baseline's is a short epoch that starts with no
-batch ready.
+(script or plain_moco.py) has its own process, and only one works at a time: A B C, A B C, ... The
+machine's noise meets all alike; a ratio is the median of the ratios within a round. A turn is as
+many steps as fill --seconds, with the device synchronised at both ends, after one step of warm-up
+(5 on a GPU). "step": the batch is ready on the device, ours as uint8, to be augmented within the
+step, the baseline's as finished views. "end to end": loading the data is included. Fast-MoCo is
+compared with itself without patches (--encode whole, which is MoCo v3).
 
-Fast-MoCo is compared with itself without patches, --encode whole, which is MoCo v3.
-
-The baseline is MoCo as plain scripts do it: PIL transforms image by image in a DataLoader, float32,
-NCHW, a loop over the parameters for the momentum update, .item() at each step. It has glibc's
-memory allocator as it comes. On a CPU the scripts tell theirs to keep its memory;
---same-allocator adds a baseline that does so too.
-
-Peak memory is the process's after the rounds: on CUDA torch's max_memory_allocated, else ru_maxrss,
-with Python, torch and the images in it. FLOPs are what torch's FlopCounterMode counts in a real
-step (convolutions, matrix products). Share of the matrix rate: FLOPs an image x images/s of a step
-/ the best rate of a matrix product here. "~": in proportion, from a part of the images or epochs.
+Peak memory is the process's: on CUDA torch's max_memory_allocated, else ru_maxrss, with Python,
+torch and the images in it. FLOP are those of convolutions and matrix products in a real step. Share
+of peak matmul: FLOP per image x images/s of a step / the best rate of a matrix product here.
 """
 
 import argparse
@@ -34,7 +26,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import re
 import resource
 import signal
@@ -44,26 +35,25 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision.transforms as T
-from PIL import Image  # torchvision brings it
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import count_kernels
+from plain_moco import Baseline, Pairs
+
 SCRIPTS = {"moco": "moco_cifar", "fast-moco": "fast_moco", "simclr": "simclr"}
-ARCHS = "resnet18 resnet34 resnet50 resnet8".split()
-PARTS = ("augment", "momentum_update")  # functions of a script that are timed by their name
 # a server imports torch once, and from it the processes of the variants are forked
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torchvision.transforms", "torch.utils.flop_counter"])
+
+
+ONE_LINE = ("Trouble", "UserError", "Unsupported")  # errors; each script has its own UserError
 
 
 class Trouble(Exception):
@@ -77,119 +67,26 @@ def now(device):
     return time.perf_counter()
 
 
-# %% The baseline, from the paper and from how such scripts are written
-class PlainSplitNorm(nn.BatchNorm2d):
-    """Batch norm in `splits` groups of the batch, in one call: groups become channels. A group is
-    every splits-th image here; which images form a group does not matter.
-    """
-
-    def __init__(self, channels, splits):
-        super().__init__(channels)
-        self.splits = splits
-
-    def forward(self, x):  # in training
-        s, (n, c, h, w) = self.splits, x.shape
-        mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
-        weight, bias = self.weight.repeat(s), self.bias.repeat(s)
-        x = x.reshape(n // s, s * c, h, w)
-        x = F.batch_norm(x, mean, var, weight, bias, True, self.momentum, self.eps)
-        self.running_mean.copy_(mean.view(s, c).mean(0))
-        self.running_var.copy_(var.view(s, c).mean(0))
-        return x.view(n, c, h, w)
-
-
-class Baseline:
-    """MoCo, asymmetric, with a linear head, on the script's settings; float32 and NCHW"""
-
-    def __init__(self, script, config, device):
-        if config.batch_size % config.bn_splits:
-            raise script.Halt("--batch-size must be a multiple of --bn-splits")
-
-        def build():
-            norm = lambda channels: PlainSplitNorm(channels, config.bn_splits)
-            backbone = script.build_encoder(config.arch, config.width, norm)
-            return nn.Sequential(backbone, nn.Linear(backbone.dim, config.dim)).to(device)
-
-        self.config, self.device, self.encoder_q, self.encoder_k = config, device, build(), build()
-        for param_q, param_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters()):
-            param_k.data.copy_(param_q.data)
-            param_k.requires_grad = False
-        self.queue = F.normalize(torch.randn(config.dim, config.queue_size, device=device), dim=0)
-        sgd = dict(momentum=config.sgd_momentum, weight_decay=config.weight_decay)
-        self.optimizer = torch.optim.SGD(self.encoder_q.parameters(), config.lr, **sgd)
-        self.pointer = 0
-
-    def update_keys(self):
-        m = self.config.key_momentum
-        for param_q, param_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters()):
-            param_k.data = param_k.data * m + param_q.data * (1 - m)
-
-    def loss(self, im_q, im_k):
-        """-> loss, keys (N, C)"""
-        q = F.normalize(self.encoder_q(im_q), dim=1)
-        with torch.no_grad():
-            shuffle = torch.randperm(len(im_k)).to(self.device)
-            k = F.normalize(self.encoder_k(im_k[shuffle]), dim=1)[torch.argsort(shuffle)]
-        positive = torch.einsum("nc,nc->n", [q, k])[:, None]
-        logits = torch.cat([positive, q @ self.queue], dim=1) / self.config.temperature
-        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long).to(self.device)), k
-
-    def step(self, im_q, im_k):
-        self.update_keys()
-        loss, keys = self.loss(im_q, im_k)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        slots = (self.pointer + torch.arange(len(keys))) % self.queue.shape[1]
-        self.queue[:, slots.to(self.device)] = keys.T
-        self.pointer = (self.pointer + len(keys)) % self.queue.shape[1]
-        return loss.item()
-
-
-class Pairs(torch.utils.data.Dataset):
-    """Two views of each image (N, H, W, 3) uint8; and, for its loader, lists of random indices"""
-
-    def __init__(self, images, config):
-        self.images, self.batch_size, self.batches = images, config.batch_size, 1
-        crop = T.RandomResizedCrop(config.image_size, config.crop_scale)
-        jitter = T.RandomApply([T.ColorJitter(*config.jitter)], p=0.8)
-        steps = crop, T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(config.gray)
-        self.transform = T.Compose([*steps, T.ToTensor(), T.Normalize(config.mean, config.std)])
-
-    def __getitem__(self, i):
-        image = Image.fromarray(self.images[i])
-        return self.transform(image), self.transform(image)
-
-    def __iter__(self):
-        for _ in range(self.batches):
-            yield torch.randint(len(self.images), (self.batch_size,)).tolist()
+def configure(method, options, **changes):
+    """-> the script, and its Config for this benchmark"""
+    script = importlib.import_module(SCRIPTS[method])
+    values = dict(arch=options.arch, width=options.width, batch_size=options.batch_size)
+    values |= dict(image_size=32, epochs=10**6, knn_every=0, knn_k=1) | changes
+    script.check_method(config := script.check_config(script.Config(**values)))
+    return script, config
 
 
 # %% A variant in a process of its own
-def serve(conn, device, fixed, fresh, extras):
-    """The batches of a training loop, on order: at each yield it does one step. An order is (task,
-    n); the answer is {"seconds": of one of the n steps} and what extras[task] notes besides.
-    """
-    conn.send({})  # ready
-    while order := conn.recv():
-        task, n = order
-        with extras.get(task, contextlib.nullcontext)() as notes:
-            start = now(device)
-            yield from fresh(n) if task == "end_to_end" else itertools.repeat(fixed, n)
-            seconds = now(device) - start
-        conn.send({"seconds": seconds / max(n, 1)} | (notes or {}))
-
-
 @contextlib.contextmanager
 def stopwatch(device, targets):
-    """Time all calls of functions, {label: (owner, name)} -> {"parts": {label: seconds}}"""
-    spent, start = {}, now(device)
+    """Time all calls of functions, {label: (owner, name)} -> {label: seconds}"""
+    spent, start = dict.fromkeys(targets, 0), now(device)
 
     def watched(label, function):
         def wrapper(*args, **kwargs):
             start = now(device)
             result = function(*args, **kwargs)
-            spent[label] = spent.get(label, 0) + now(device) - start
+            spent[label] += now(device) - start
             return result
 
         return wrapper
@@ -198,41 +95,32 @@ def stopwatch(device, targets):
         for label, (owner, name) in targets.items():
             watch = watched(label, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, watch))
-        yield {"parts": spent}
+        yield spent
     spent["forward and backward"] = now(device) - start - sum(spent.values())
 
 
-@contextlib.contextmanager
-def count_flops(script):
-    """-> {"flops": of all that is done within, as if each map were convolved by itself}"""
-    notes, plain = {}, torch.nn.Conv2d.forward
-    with mock.patch.object(script.SmallMapConv, "forward", plain):
-        with FlopCounterMode(display=False) as counter:
-            yield notes
-    notes["flops"] = counter.get_total_flops()
-
-
-@contextlib.contextmanager
 def peak_memory(device):
-    """-> {"bytes": at most, since the process began}"""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    yield {"bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak}
+    """Bytes, at most, since the process began"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
-@contextlib.contextmanager
-def knn_pass(script, run):
-    """-> {"images", "features", "vote"}: seconds of a part of the script's knn_accuracy"""
-    bank = torch.randn(len(run.data.x_train), run.encoder.dim, device=run.device)
-    labels = torch.randint(10, (len(bank),), device=run.device)
-    images = run.data.x_train[: 250 if run.device.type == "cpu" else 10_000]
-    start = now(run.device)
-    features = script.extract_features(run.encoder, images, run.config, run.autocast)
-    middle = now(run.device)
-    for part in features.split(1000):
-        script.knn_predict(part, bank, labels, 10, run.config.knn_k, 0.1).argmax(1).cpu()
-    vote = now(run.device) - middle
-    yield {"images": len(images), "features": middle - start, "vote": vote}
+def serve(conn, device, fixed, fresh, targets=()):
+    """The batches of a training loop, on order: at each yield it does one step. An order is (task,
+    n); the answer has the seconds of one of the n steps.
+    """
+    conn.send({})  # ready
+    while order := conn.recv():
+        task, n = order
+        counter = FlopCounterMode(display=False) if task == "flops" else contextlib.nullcontext()
+        with counter, stopwatch(device, dict(targets) if task == "parts" else {}) as parts:
+            start = now(device)
+            yield from fresh(n) if task == "end_to_end" else itertools.repeat(fixed, n)
+            seconds = (now(device) - start) / n
+        flops = counter.get_total_flops() if task == "flops" else 0
+        conn.send(dict(seconds=seconds, parts=parts, flops=flops, bytes=peak_memory(device)))
 
 
 def ours(script, config, conn):
@@ -240,25 +128,21 @@ def ours(script, config, conn):
 
     class Served(script.Run):
         def save(self, name):
-            return True  # nothing to the disk
+            pass  # nothing to the disk
 
-        def resume(self, model, online, optimizer):
-            super().resume(model, online, optimizer)
-            for number in (signal.SIGINT, signal.SIGTERM):  # no state to be saved
-                signal.signal(number, signal.SIG_DFL)
+        def compiled(self, function):
+            self.view = super().compiled(function)
+            return lambda *args: self.view(*args)  # so that it can be timed
 
         def batches(self):
-            source, device = super().batches(), self.device
-            targets = {name.replace("_", " "): (script, name) for name in PARTS}
-            targets = {k: v for k, v in targets.items() if hasattr(*v)}
+            for number in (signal.SIGINT, signal.SIGTERM):  # no state to be saved
+                signal.signal(number, signal.SIG_DFL)
+            source, targets = super().batches(), {"augment": (self, "view")}
+            if hasattr(script, "momentum_update"):
+                targets["momentum update"] = script, "momentum_update"
             targets["optimizer"] = self.optimizer, "step"
-            extras = {
-                "parts": lambda: stopwatch(device, targets),
-                "flops": lambda: count_flops(script),
-            }
-            extras |= {"peak": lambda: peak_memory(device), "knn": lambda: knn_pass(script, self)}
             fresh = lambda n: itertools.islice(source, n)
-            yield from serve(conn, device, next(source), fresh, extras)
+            yield from serve(conn, self.device, next(source), fresh, targets)
 
     script.train(config, Served(config))
 
@@ -276,32 +160,26 @@ def baseline(script, config, conn, device, workers):
             yield [view.to(device, non_blocking=True) for view in views]
 
     (fixed,) = fresh(1)
-    for im_q, im_k in serve(conn, device, fixed, fresh, {"peak": lambda: peak_memory(device)}):
+    for im_q, im_k in serve(conn, device, fixed, fresh):
         model.step(im_q, im_k)
 
 
 def perform(conn, who, method, options, batch_size, folder):
     """What the process of a variant does."""
-    script = load(method)
-    values = dict(data=f"{folder}/noise.npz", out=f"{folder}/{os.getpid()}", batch_size=batch_size)
-    values |= dict(arch=options.arch, width=options.width, device=options.device, image_size=32)
-    values |= dict(epochs=10**6, knn_every=0, knn_k=min(200, options.images))
-    values |= dict(encode="whole") if who == "encode whole" else {}
-    values |= dict(compile=options.compile and who not in ("eager", "baseline"))
-    values = {k: values[k] for k in script.Config.__dataclass_fields__ if k in values}
+    changes = dict(data=f"{folder}/noise.npz", out=f"{folder}/{os.getpid()}", batch_size=batch_size)
+    changes |= dict(encode="whole") if who == "encode whole" else {}
+    changes |= dict(compile=options.compile and who != "eager", device=options.device)
     try:
-        config = script.check_config(script.Config(**values))
+        script, config = configure(method, options, **changes)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            if who != "baseline":
-                script.start_device(config)  # tells the allocator
-            if who.startswith("baseline"):
+            if who == "baseline":
                 baseline(script, config, conn, torch.device(options.device), options.workers)
             else:
                 ours(script, config, conn)
     except (EOFError, ConnectionError, KeyboardInterrupt):
         pass  # nobody orders any more
     except Exception as error:
-        if not isinstance(error, script.Halt) and "memory" not in str(error):
+        if type(error).__name__ not in ONE_LINE and "memory" not in str(error):
             traceback.print_exc()
         conn.send({"trouble": f"{method}, {who}: {str(error).splitlines()[0]}"})
 
@@ -338,10 +216,9 @@ class Variant:
 def variants(names, *args):
     """{name: Variant}, all of them ready"""
     with contextlib.ExitStack() as stack:
-        some = {}
-        for name in names:
-            some[name] = Variant(name, *args)
-            stack.callback(some[name].close)
+        some = {
+            name: stack.enter_context(contextlib.closing(Variant(name, *args))) for name in names
+        }
         for variant in some.values():
             variant()  # waits
         yield some
@@ -350,19 +227,15 @@ def variants(names, *args):
 # %% The measurements
 def take_turns(turns, options):
     """turns {name: (variant, task)} -> {name: [answer, ...]}, interleaved, after a warm-up"""
-    gpu, steps, answers = options.device != "cpu", {}, {name: [] for name in turns}
-    start = time.monotonic()
+    steps, answers = {}, {name: [] for name in turns}
     for name, (variant, task) in turns.items():
-        workers = options.workers if (name, task) == ("baseline", "end_to_end") else 0
-        least = max(1, 2 * workers)
-        for _ in range(5 if gpu and least == 1 else 1):
+        # a loader with workers starts with no batch ready: its turn is a short epoch
+        least = max(1, 2 * options.workers) if (name, task) == ("baseline", "end_to_end") else 1
+        for _ in range(5 if options.device != "cpu" and least == 1 else 1):
             answer = variant(task, least)
         steps[name] = max(least, round(options.seconds / answer["seconds"]))
-        answers[name].append(answer)
-    if gpu or options.compile or max(steps.values()) > 1:
-        answers = {name: [] for name in turns}
-    counted = len(answers["ours"])
-    for n in tqdm(range(counted, options.repeats), "rounds", disable=None, leave=False):
+    start = time.monotonic()
+    for n in tqdm(range(options.repeats), "rounds", disable=None, leave=False):
         seconds, start = time.monotonic() - start, time.monotonic()
         if n >= 3 and start + seconds > options.deadline:
             break
@@ -381,41 +254,33 @@ def compare(result, what, answers, images):
     result[what] = {name: summary(rounds) for name, rounds in rates.items()}
     for name, rounds in rates.items():
         if name != "ours":
-            pairs = zip(rates["ours"], rounds)
-            result["ratios"][what, name] = summary([ours / theirs for ours, theirs in pairs])
+            ratios = summary([ours / theirs for ours, theirs in zip(rates["ours"], rounds)])
+            result["ratios"].append({"of": what, "to": name} | ratios)
 
 
 def measure(method, options, folder, matrix_flops):
     """Everything about one script -> a plain dict"""
-    result, sizes = {"ratios": {}}, (options.batch_size, options.end_to_end_batch_size)
-    gpu = options.device != "cpu"
+    result, sizes = {"ratios": []}, (options.batch_size, options.end_to_end_batch_size)
     rivals = {"moco": ["baseline"], "fast-moco": ["encode whole"]}.get(method, [])
     rivals += ["eager"] if options.compile else []
-    names = ["ours", *rivals]
-    names += ["baseline, same allocator"] if method == "moco" and options.same_allocator else []
-    with variants(names, method, options, sizes[0], folder) as some:
-        # watching the parts synchronises: on a GPU it gets a turn of its own
+    with variants(["ours", *rivals], method, options, sizes[0], folder) as some:
         turns = {name: (variant, "step") for name, variant in some.items()}
-        turns["parts" if gpu else "ours"] = some["ours"], "parts"
+        turns["parts"] = some["ours"], "parts"  # which synchronises, so it isn't the step's time
         answers = take_turns(turns, options)
-        result["peak_bytes"] = {name: some[name]("peak", 0)["bytes"] for name in names}
-        plain = some.get("eager", some["ours"])  # what is compiled, is not counted
-        result["flops_per_image"] = plain("flops", 1)["flops"] / sizes[0]
-        result["knn"] = [some["ours"]("knn", 0) for _ in range(options.repeats)]
+        plain = some.get("eager", some["ours"])  # what is compiled, can't be counted
+        flops = result["flops_per_image"] = plain("flops", 1)["flops"] / sizes[0]
     compare(result, "step", answers, sizes[0])
-    result["flops_per_second"] = result["step"]["ours"]["median"] * result["flops_per_image"]
-    result["share_of_matrix_rate"] = result["flops_per_second"] / matrix_flops
-    parts = [row["parts"] for row in answers["parts" if gpu else "ours"]]
+    peaks = result["peak_bytes"] = {name: answers[name][-1]["bytes"] for name in some}
+    for name in rivals:
+        result["ratios"].append(dict(of="peak_bytes", to=name, median=peaks["ours"] / peaks[name]))
+    result["share_of_matrix_rate"] = flops * result["step"]["ours"]["median"] / matrix_flops
+    parts = [row["parts"] for row in answers["parts"]]
     shares = {name: [part[name] / sum(part.values()) for part in parts] for name in parts[0]}
     result["share_of_step"] = {name: summary(rounds) for name, rounds in shares.items()}
     if sizes[1]:
         with variants(["ours", *rivals], method, options, sizes[1], folder) as some:
             turns = {name: (variant, "end_to_end") for name, variant in some.items()}
             compare(result, "end_to_end", take_turns(turns, options), sizes[1])
-    for name in names[1:]:
-        peaks = result["peak_bytes"]
-        result["ratios"]["peak_bytes", name] = {"median": peaks["ours"] / peaks[name]}
-    result["ratios"] = [{"of": k[0], "to": k[1], **v} for k, v in result["ratios"].items()]
     return result
 
 
@@ -431,49 +296,26 @@ def matrix_rate(device, dtype, tries=20):
     return 2 * n**3 / min(seconds[1:]) / 1e12
 
 
-def probe_epochs(options, dim=512):
-    """Seconds of each epoch of linear_eval's own training of a classifier, on given features"""
-    script, data = importlib.import_module("linear_eval"), {"about": {"classes": range(10)}}
-    for part, n in (("train", options.images), ("test", max(5, options.images // 5))):
-        data[f"x_{part}"] = torch.randn(n, dim, device=options.device) / dim**0.5
-        data[f"y_{part}"] = torch.randint(10, (n,), device=options.device)
-    config = script.Config(epochs=options.repeats + 1)  # the first warms up
-    encoder, scaler = nn.Identity(), torch.amp.GradScaler(enabled=False)
-    encoder.dim, data = dim, SimpleNamespace(**data)
-    with contextlib.redirect_stderr(io.StringIO()):
-        _, history = script.train_linear(encoder, data, config, contextlib.nullcontext, scaler)
-    return [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(history)]
-
-
 def bench(options):
     """All that there is to say -> a plain dict for the JSON file"""
-    script = load(options.method[0])
-    try:
-        device, dtype = script.start_device(script.Config(device=options.device))
-    except script.Halt as halt:
-        raise Trouble(halt) from None
-    machine = {"name": machine_name(device), "cores": os.cpu_count()}
-    machine |= script.describe_machine(device, dtype, 0)
+    script, config = configure(options.method[0], options, device=options.device)
+    device, dtype = script.start_device(config)
+    machine = script.describe_machine(device, dtype, 0)
+    machine |= {"name": machine["device"].partition(" ")[2], "cores": os.cpu_count()}
     options.device = str(device)
     if options.workers is None:
         options.workers = 0 if device.type == "cpu" else os.cpu_count()
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "device", "count")}
     options.deadline = time.monotonic() + 60 * options.minutes - 15  # so much follows the rounds
-    settings = {k: v for k, v in vars(options).items() if k not in ("json", "device", "deadline")}
     tflops = {t: matrix_rate(device, t) for t in {torch.bfloat16, torch.float32, dtype}}
     result = {"schema": 1, "kind": "bench", "machine": machine, "settings": settings}
     result["matrix_tflops"] = {str(t).removeprefix("torch."): v for t, v in tflops.items()}
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        del os.environ[name]  # set by make: the scripts do without, the baseline is to
     with tempfile.TemporaryDirectory() as folder:
-        arrays, rng = {}, np.random.default_rng(0)
-        for part, n in (("train", options.images), ("test", 10)):
-            arrays[f"x_{part}"] = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
-            arrays[f"y_{part}"] = np.arange(n) % 10
-        np.savez(f"{folder}/noise.npz", **arrays)
+        x = np.random.default_rng(0).integers(0, 256, (options.images, 32, 32, 3), np.uint8)
+        y = np.arange(len(x)) % 10
+        np.savez(f"{folder}/noise.npz", x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
         how = options, folder, 1e12 * max(tflops.values())
         result["methods"] = {method: measure(method, *how) for method in options.method}
-    seconds = probe_epochs(options)
-    result["probe"] = {"features": [options.images, 512], "epoch_seconds": summary(seconds)}
     return result
 
 
@@ -482,14 +324,11 @@ def table(result):
     """The same as text"""
     machine, settings = result["machine"], result["settings"]
     rates = [f"{name} {rate:.3g} TFLOP/s" for name, rate in result["matrix_tflops"].items()]
-    lines = [
-        f"{machine['name']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {machine['precision'].removeprefix('torch.')}",
-        f"matrix products: {', '.join(rates)}",
-    ]
+    where = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
+    lines = [f"{where}, {machine['precision']}", f"matrix products: {', '.join(rates)}"]
 
     def row(name, value, text=""):
-        lines.append(f"  {name:46}{value:>10,.4g} {text}")
+        lines.append(f"  {name:40}{value:>10,.4g} {text}")
 
     for method, r in result["methods"].items():
         size, step = settings["batch_size"], r["step"]["ours"]["median"]
@@ -498,41 +337,16 @@ def table(result):
         for name, share in r["share_of_step"].items():
             row(f"  {name}", 1000 * share["median"] * size / step, f"ms, {share['median']:.2%}")
         row("one image", r["flops_per_image"] / 1e9, "GFLOP")
-        share = f"TFLOP/s, {r['share_of_matrix_rate']:.1%} of the matrix rate"
-        row("all images", r["flops_per_second"] / 1e12, share)
-        features, vote = (
-            statistics.median(knn[key] / knn["images"] for knn in r["knn"])
-            for key in ("features", "vote")
-        )
-        row("k-NN: features", 1 / features, "images/s")
-        row(f"k-NN: vote of {settings['images']:,}", 1 / vote, "images/s")
-        row("k-NN on 50,000 + 10,000 images", 60_000 * features + 10_000 * vote, "s ~")
+        share = f"TFLOP/s, {r['share_of_matrix_rate']:.1%} of peak matmul"
+        row("all images", r["flops_per_image"] * step / 1e12, share)
         row("peak memory", r["peak_bytes"]["ours"] / 2**20, "MiB")
         for ratio in r["ratios"]:
-            other, of = r[ratio["of"]][ratio["to"]], ratio["of"].replace("_", " ")
-            size = settings["batch_size" if of != "end to end" else "end_to_end_batch_size"]
-            text = f"({other / 2**20:,.0f} MiB)" if of == "peak bytes" else ""
-            if not text:
-                low, high = min(ratio["rounds"]), max(ratio["rounds"])
-                text = f"({other['median']:,.4g} images/s; {low:.2f} to {high:.2f}"
-                text += f" in {len(ratio['rounds'])} rounds)"
-            row(f"ratio, {of}, {size}: {ratio['to']}", ratio["median"], text)
-    n, dim = result["probe"]["features"]
-    lines += ["", f"linear probe on {n:,} x {dim} features"]
-    row("100 epochs", 100 * result["probe"]["epoch_seconds"]["median"], "s ~")
+            what, text = ratio["of"].replace("_", " "), ""
+            if rounds := ratio.get("rounds"):
+                text = f"({r[ratio['of']][ratio['to']]['median']:,.4g} images/s; {min(rounds):.2f} "
+                text += f"to {max(rounds):.2f} in {len(rounds)} rounds)"
+            row(f"ratio, {what}: {ratio['to']}", ratio["median"], text)
     return "\n".join(lines)
-
-
-def machine_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def load(method):
-    return importlib.import_module(SCRIPTS[method])
 
 
 def parse(argv):
@@ -540,30 +354,30 @@ def parse(argv):
         def error(self, message):
             raise Trouble(f"{message} (--help shows the flags)")
 
-    there = [name for name, script in SCRIPTS.items() if (ROOT / f"{script}.py").exists()]
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
-    add("--method", nargs="+", choices=[*there, "all"], default=["moco"], help="[moco]")
+    add("--method", nargs="+", choices=[*SCRIPTS, "all"], default=["moco"], help="[moco]")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps [auto]")
-    add("--arch", choices=ARCHS, default="resnet18", help="[resnet18]")
+    add("--arch", choices="resnet18 resnet34 resnet50 resnet8".split(), default="resnet18")
     add("--width", type=int, default=64, help="channels of the first stage [64]")
-    add("--batch-size", type=int, default=256, help="[256]")
+    add("--batch-size", type=int, help="[256; with --count 512]")
     add("--end-to-end-batch-size", type=int, default=512, help="0 leaves that part out [512]")
     add("--repeats", type=int, default=5, help="rounds [5]")
     add("--minutes", type=float, default=5, help="no round that ends later, after three [5]")
-    add("--seconds", type=float, default=1.0, help="of a repeat, about [1]")
+    add("--seconds", type=float, default=1.0, help="of a turn, about [1]")
     add("--images", type=int, default=50_000, help="random images to train on [50000]")
-    add("--workers", type=int, help="of the baseline's loader [0; on a GPU one a core]")
+    add("--workers", type=int, help="of the baseline's loader [0; on a GPU one per core]")
     add("--compile", action="store_true", help="compile ours, and compare with ours as it is")
-    help = "another baseline, which keeps its memory too"
-    add("--same-allocator", action="store_true", help=help)
-    add("--json", type=Path, help="where the numbers go [results/bench-<machine>.json]")
+    add("--count", action="store_true", help="count kernels, FLOP and bytes, without a GPU")
+    add("--json", type=Path, help="where the numbers go [results/bench-<machine>.json, count.json]")
     options = parser.parse_args(argv)
+    if options.batch_size is None:
+        options.batch_size = 512 if options.count else 256
     for name in "width batch_size repeats minutes seconds images".split():
         if not getattr(options, name) > 0:
             raise Trouble(f"--{name.replace('_', '-')}: must be more than 0")
-    options.method = there if "all" in options.method else options.method
+    options.method = list(SCRIPTS) if "all" in options.method else options.method
     if options.json and not options.json.parent.is_dir():
         raise Trouble(f"--json {options.json}: there is no such folder")
     return options
@@ -572,16 +386,23 @@ def parse(argv):
 def main(argv=None):
     try:
         options = parse(argv)
-        text = json.dumps(result := bench(options), indent=1) + "\n"
-        slug = re.sub(r"[^a-z0-9]+", "-", result["machine"]["name"].lower()).strip("-")
-        path = options.json or ROOT / "results" / f"bench-{slug}.json"
-        print(table(result))
-        path.write_text(text)
-    except (Trouble, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if options.count:
+            result = count_kernels.count_all(options.arch, options.width, options.batch_size)
+            name, text = "count", count_kernels.table(result)
+        else:
+            result = bench(options)
+            slug = re.sub(r"[^a-z0-9]+", "-", result["machine"]["name"].lower()).strip("-")
+            name, text = f"bench-{slug}", table(result)
+        print(text)
+        path = options.json or ROOT / "results" / f"{name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if type(error).__name__ not in ONE_LINE and not isinstance(error, OSError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

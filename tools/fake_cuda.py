@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,7 +36,7 @@ def tensors_in(*values):
 
 
 def is_kernel(func):
-    return not func.is_view and func._schema.name.removeprefix("aten::") not in METADATA
+    return func.namespace == "aten" and not func.is_view and func._opname not in METADATA
 
 
 def place():
@@ -99,6 +100,9 @@ def backward(loss, *_, **__):
             given = grads.pop(node)
             if all(grad is None for grad in given):
                 continue
+            if hasattr(node, "variable"):  # a leaf
+                accumulate(node.variable, *given)
+                continue
             given = node(*given)
             given = given if isinstance(given, tuple) else (given,)
             for (following, i), grad in zip(node.next_functions, given):
@@ -109,6 +113,11 @@ def backward(loss, *_, **__):
                     grad = grad if grad.shape == meta.shape else grad.sum_to_size(meta.shape)
                     grad = grad.to(meta.dtype)
                     there[i] = grad if there[i] is None else there[i] + grad
+
+
+def accumulate(leaf, grad):
+    """Keep the gradient itself, as the engine does: called from Python, the node would copy it."""
+    leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
 
 def swap(one, other):
@@ -140,18 +149,19 @@ class FakeCuda(contextlib.ExitStack):
         self.watch.watching = on
 
     def __enter__(self):
+        types = [torch.Tensor, torch.nn.Parameter, FakeTensor]  # those that may go in lists
         patches = {
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.cuda.is_bf16_supported": lambda *_, **__: True,
             "torch.cuda.get_device_capability": lambda *_: (9, 0),
             "torch.cuda.get_device_name": lambda *_: "a GPU that is not there",
             "torch.cuda.set_device": lambda *_: None,
+            "torch.utils._foreach_utils._foreach_supported_types": types,
+            "torch.optim.optimizer._foreach_supported_types": types,
             "torch.autograd.backward": backward,
             "torch.utils.swap_tensors": swap,
         }
         try:
-            from torch._subclasses import FakeTensor, FakeTensorMode
-
             for name, value in patches.items():
                 self.enter_context(mock.patch(name, value))
             self.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", deepcopy, create=True))
