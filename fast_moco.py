@@ -303,15 +303,8 @@ def small_view(images, config):
 
 
 def stages(encoder):
-    """The encoder in parts, by their names in section C.5"""
-    names = [name for name, _ in encoder.named_children()]
-    stem, end = names.index("layer1"), names.index("layer3") + 1
-    return dict(
-        stage1=encoder[: stem + 1],
-        stage2=encoder.layer2,
-        stage3=encoder.layer3,
-        final=encoder[end:],
-    )
+    """The encoder in parts, by their names in section C.5; stage1 begins with conv1, bn1 and relu"""
+    return dict(stage1=encoder[:4], stage2=encoder[4], stage3=encoder[5], final=encoder[6:])
 
 
 def montage(encoder, patches, grid):
