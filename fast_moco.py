@@ -303,7 +303,7 @@ def small_view(images, config):
 
 
 def stages(encoder):
-    """The encoder in parts, by their names in section C.5; stage1 begins with conv1, bn1 and relu"""
+    """The encoder in parts, by their names in section C.5; stage1 begins with conv1, bn1, relu"""
     return dict(stage1=encoder[:4], stage2=encoder[4], stage3=encoder[5], final=encoder[6:])
 
 
