@@ -565,6 +565,8 @@ def both(request):
             lr = (0.3, 0.3, 0.03)[i]  # 2 of 3 epochs are more than 60 %
         steps.append(reference.step(*images[i], draws[directions * i :], lr))
     assert len(draws) == 3 * directions
+    if config.mechanism == "memory-bank":
+        assert len(torch.cat(draws).unique()) > 20  # of all 30 images
     return run, reference, steps
 
 
