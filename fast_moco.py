@@ -15,7 +15,7 @@ What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary)
  1. The stem fits 32x32 images, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
  3. The loss is the sum of both directions: guessing gives 2 ln N, 12.48 at batch 512.
- 4. --encode whole is MoCo v3 with the same settings. Patches take 1.076 times its FLOPs per step.
+ 4. --encode whole is MoCo v3 with the same settings. Patches take 1.08 times its FLOPs.
  5. Jitter changes brightness, contrast, saturation, hue in this order; the paper's is random.
 
     python fast_moco.py                                # CIFAR-10, ResNet-18, 200 epochs
