@@ -607,7 +607,7 @@ def join_processes(device):
         own |= dict(store=store, rank=rank, world_size=size, timeout=meet)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
         store.set_timeout(work)
-        getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(work)  # torch < 2.14
+        (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(work)
 
 
 def process_count():
@@ -714,9 +714,6 @@ class Run:
         self.device, self.dtype = start_device(config)
         join_processes(self.device)
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0  # the one that writes
-        if config.batch_size % process_count():
-            raise UserError(f"--batch-size must be a multiple of the {process_count()} processes")
-        check_method(config)
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # on its machine: it fills the caches
         agree(self.load, first)
         agree(self.load, not first)
@@ -734,7 +731,10 @@ class Run:
         torch.manual_seed(config.seed)  # for the weights, drawn next
 
     def load(self):
-        source, config = self.config.data, self.config
+        source, config, n = self.config.data, self.config, process_count()
+        if config.batch_size % n or config.batch_size < 2:
+            raise UserError(f"--batch-size must be at least 2, and a multiple of the {n} processes")
+        check_method(config)
         if source not in BUILTIN and Path(source).is_dir():
             source = cache_folder(Path(source), config.data_dir, config.image_size)
         self.data = load_data(source, config)

@@ -30,8 +30,8 @@ NAMES = ["moco_cifar", "fast_moco", "simclr", "linear_eval", "knn_monitor", "plo
 SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 WITH_PARSER = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "parse_config")]
 FLAGLESS = ("checkpoints", "runs")  # they stand alone in the command line
-# Lines of the script, of its lesson, of what stands between that and the plumbing: ceilings that may
-# be lowered, never raised. The aim for the whole is 860, 960, 810, 720, 500.
+# Lines of the script, of its lesson, of what stands between that and the plumbing: ceilings to be
+# lowered, never raised. The aim for the whole is 860, 960, 810, 720, 500.
 BUDGET = {
     "moco_cifar": (1140, 300, 30),
     "fast_moco": (1200, 300, 120),
