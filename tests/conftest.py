@@ -61,9 +61,12 @@ def close(ours, theirs, tolerance):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Each test draws the same numbers, whichever tests ran before."""
+def undisturbed():
+    """Each test draws the same numbers and is stopped by Ctrl-C, whichever tests ran before."""
     torch.manual_seed(0)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
