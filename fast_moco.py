@@ -730,7 +730,9 @@ def start_device(config):
 def join_processes(device):
     """Meet the processes that torchrun started, if it did."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        meet, work = timedelta(seconds=25), timedelta(days=7)  # a folder can take hours to read
+        # to meet takes seconds (torchrun notices by itself when one dies), to read a folder hours
+        meet = timedelta(seconds=600 if dist.is_torchelastic_launched() else 18)
+        work = timedelta(days=7)
         store, rank, size = next(dist.rendezvous("env://", timeout=meet))
         own = dict(device_id=device) if device.type == "cuda" else {}
         own |= dict(store=store, rank=rank, world_size=size, timeout=meet)
@@ -862,7 +864,8 @@ class Run:
     def load(self):
         source, config, n = self.config.data, self.config, process_count()
         if config.batch_size % n or config.batch_size < 2:
-            raise UserError(f"--batch-size must be at least 2, and a multiple of the {n} processes")
+            text = f"must be at least 2, and a multiple of the {n} processes"
+            raise UserError(f"--batch-size {config.batch_size} {text}")
         check_method(config)
         if source not in BUILTIN and Path(source).is_dir():
             source = cache_folder(Path(source), config.data_dir, config.image_size)
