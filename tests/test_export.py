@@ -146,9 +146,7 @@ def test_faster_rcnn_learns_on_it(checkpoint, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, refused):
     (tmp_path / "a").write_text("nothing")
     refused(export.main, [tmp_path / "a", tmp_path / "b", "--to", "torchvision"], "not a readable")
-    refused(
-        export.main, [tmp_path / "c", tmp_path / "b", "--to", "detectron2"], "No such file"
-    )
+    refused(export.main, [tmp_path / "c", tmp_path / "b", "--to", "detectron2"], "No such file")
     assert not (tmp_path / "b").exists()
 
 
