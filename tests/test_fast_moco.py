@@ -512,7 +512,7 @@ def flops(**changes):
 def test_patches_cost_what_whole_views_cost(monkeypatch):
     """A few percent more: projector and predictor see six times as many rows."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # no meta
-    assert flops() / flops(encode="whole") == pytest.approx(1.08, abs=5e-3)  # as the file says
+    assert flops() / flops(encode="whole") == pytest.approx(1.076, abs=5e-4)  # 4 images; 512: 1.081
 
 
 # -- two processes
