@@ -251,7 +251,9 @@ def train(config, run):
     how = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
     sgd = torch.optim.SGD(groups, momentum=config.sgd_momentum, **how)
     optimizer = sgd if config.optimizer == "sgd" else torch.optim.AdamW(groups, **how)
-    optimizer = run.start(model, model.online, optimizer, config.clip)
+    negatives = config.framework in ("moco", "nnclr")
+    chance = 2 * math.log(config.batch_size) if negatives else 4.0  # the loss of guessing
+    optimizer = run.start(model, model.online, optimizer, chance, config.clip)
     view = run.compiled(augment)  # augment itself, unless --compile
     samples = config.grid**2 * config.full_crops if config.encode.startswith("sample") else 0
     for _, images in run.batches():  # images (N, 3, H, W) uint8, on the device
@@ -388,14 +390,15 @@ def check_method(config):
 import argparse
 import contextlib
 import ctypes
+import difflib
 import hashlib
 import io
 import json
 import os
 import platform
 import re
+import shlex
 import signal
-import subprocess
 import sys
 import time
 import typing
@@ -408,6 +411,9 @@ import numpy as np
 import torch.distributed as dist
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.collect_env import run as ask
+from torchvision.transforms.v2.functional import horizontal_flip_image as horizontal_flip
+from torchvision.transforms.v2.functional import rgb_to_grayscale_image as grayscale
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
@@ -464,15 +470,6 @@ def separable(x, rows, columns):
     x = x.flatten(1, 2) @ columns.mT  # (N, C*h, W)
     x = rows @ x.unflatten(1, (-1, rows.shape[2])).transpose(1, 2).flatten(2)  # (N, H, C*W)
     return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
-
-
-def horizontal_flip(x):
-    return x.flip(3)
-
-
-def grayscale(x):
-    """Luma (ITU-R 601), one channel that stands for all three"""
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
 def color_jitter(x, strength):
@@ -811,18 +808,13 @@ class SharedOptimizer:
 
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
-
-    def ask(command):
-        folder = Path(__file__).parent if "__file__" in globals() else None
-        how = dict(shell=True, cwd=folder, capture_output=True, text=True)
-        return subprocess.run(command, **how).stdout.strip()
-
-    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
+    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")[1] or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    folder = shlex.quote(os.path.dirname(globals().get("__file__", "")) or ".")
     machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
     machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
     machine |= dict(python=platform.python_version())
-    machine |= dict(commit=ask("git describe --always --dirty --abbrev=40"))
+    machine |= dict(commit=ask(f"git -C {folder} describe --always --dirty --abbrev=40")[1])
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
@@ -832,6 +824,7 @@ def seed_of(*numbers):
 
 
 # %% A run: its folder, what is saved there, and how it resumes
+STATEFUL = "model", "optimizer", "scaler"
 MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
 
 
@@ -858,7 +851,6 @@ class Run:
         self.about |= dict(config=dataclasses.asdict(config), data=self.data.about, source=SOURCE)
         machine = describe_machine(self.device, self.dtype, config.seed)
         self.about |= dict(machine=machine | dict(processes=process_count()))
-        self.about |= dict(arch=config.arch, width=config.width)
         torch.manual_seed(config.seed)  # for the weights, drawn next
 
     def load(self):
@@ -878,16 +870,17 @@ class Run:
     def compiled(self, function):
         return torch.compile(function, dynamic=False) if self.config.compile else function
 
-    def start(self, model, online, optimizer, clip=0.0):
+    def start(self, model, online, optimizer, chance, clip=0.0):
         """Move the model to the device, take the folder, and resume from the state in it, if any.
 
-        online: the part that learns, [0] its encoder and [1] its head; clip: the largest norm of
-        the gradient, 0: any -> the optimizer to use
+        online: the part that learns, [0] its encoder and [1] its head; chance: the loss of
+        guessing; clip: the largest norm of the gradient, 0: any -> the optimizer to use
         """
         self.model = model.to(self.device, memory_format=torch.channels_last)
         if self.config.compile:
             self.model.compile(dynamic=False)  # in place: the names of the weights stay
         self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
+        self.chance, self.warned = chance, set()
         self.clock = self.saved = time.monotonic()
         # the first process reads for all: what is in the folder changes as soon as one saves
         if found := agree(self.take_folder, self.is_main):
@@ -900,10 +893,8 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            print(
-                f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch",
-                flush=True,
-            )
+            steps = f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch"
+            print(f"{steps}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 
     def take_folder(self):
@@ -947,10 +938,11 @@ class Run:
             changed = f"{self.out} holds a run with other settings ({changed})"
             raise UserError(f"{changed}: choose another --out, or --restart")
         if path.name == "pretrain.pt":
-            raise UserError(f"{path} is complete, {saved['epoch']} epochs", 0)
+            last = describe_epoch(saved["history"][-1], saved["epoch"])
+            raise UserError(f"{path} is complete: {last}", 0)
         try:
             state = saved["train_state"]
-            for part in ("model", "optimizer", "scaler"):
+            for part in STATEFUL:
                 getattr(self, part).load_state_dict(state[part])
             self.loss.copy_(state["loss"])
             self.step, self.history = state["step"], saved["history"]
@@ -964,14 +956,13 @@ class Run:
 
     def save(self, name):
         """Write a checkpoint (docs/checkpoint.md) and the log."""
-        self.about["machine"]["seconds"] = time.monotonic() - self.clock
+        config, self.about["machine"]["seconds"] = self.config, time.monotonic() - self.clock
         checkpoint = self.about | dict(epoch=self.step // self.steps, history=self.history)
         checkpoint |= dict(encoder=self.encoder.state_dict(), head=self.head.state_dict())
-        checkpoint |= dict(dim=self.encoder.dim)
+        checkpoint |= dict(arch=config.arch, width=config.width, dim=self.encoder.dim)
         if name == "last.pt":
-            state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-            state |= dict(scaler=self.scaler.state_dict(), step=self.step, loss=self.loss)
-            checkpoint["train_state"] = state
+            state = {part: getattr(self, part).state_dict() for part in STATEFUL}
+            checkpoint["train_state"] = state | dict(step=self.step, loss=self.loss)
         elif name == "pretrain.pt":
             checkpoint["gallery"] = self.gallery()
         agree(lambda: self.write(name, checkpoint), self.is_main)
@@ -1021,6 +1012,7 @@ class Run:
         total, size, order = self.config.epochs * self.steps, self.config.batch_size, None
         hide = None if self.is_main else True  # None: unless there is a terminal
         self.bar = tqdm(total=total, initial=self.step, unit="step", disable=hide)
+        warm = self.step + 10
         while self.step < total:
             epoch, i = divmod(self.step, self.steps)
             if order is None or i == 0:
@@ -1032,6 +1024,11 @@ class Run:
             yield epoch, self.images[shard(self.rows)]
             self.step += 1
             self.bar.update()
+            if self.step == warm:
+                began = time.monotonic()
+            elif self.step == warm + 20 and self.is_main:
+                minutes = (time.monotonic() - began) / 20 * (total - self.step) / 60
+                self.bar.write(f"about {minutes:.0f} min to go")
             if self.step % 10 == 0 or i + 1 == self.steps:
                 self.sync_statistics()
             if i + 1 == self.steps:
@@ -1040,8 +1037,10 @@ class Run:
                 self.check_clock()
         self.bar.close()
         self.save("pretrain.pt")
-        for name in ("last.pt", "prev.pt") if self.is_main else ():
-            (self.out / name).unlink(missing_ok=True)
+        if self.is_main:
+            for name in ("last.pt", "prev.pt"):
+                (self.out / name).unlink(missing_ok=True)
+            print(f"next: python linear_eval.py {shlex.quote(str(self.out))}")
 
     def record(self, loss):
         """Add the loss to the epoch's mean -> the loss, scaled if the precision is fp16"""
@@ -1081,21 +1080,43 @@ class Run:
     def finish_epoch(self, epoch):
         """Log it; measure the k-NN accuracy and keep a checkpoint when it is time."""
         config, left = self.config, self.config.epochs - epoch
-        row = {"epoch": epoch, "loss": self.mean_loss()}
-        row["lr"], text = self.optimizer.param_groups[0]["lr"], f"loss {row['loss']:.4f}"
+        row = {"epoch": epoch, "loss": self.mean_loss(), "lr": self.optimizer.param_groups[0]["lr"]}
+        compared = nn.Sequential(self.encoder, self.head)  # 1: on the whole sphere, 0: collapsed
+        z = unit(extract_features(compared, self.images[:1000], config, self.autocast))
+        row["spread"] = float(z.std(0).mean() * z.shape[1] ** 0.5)
         if not left or config.knn_every and epoch % config.knn_every == 0:
             knn = knn_accuracy(self.encoder, self.data, config, self.autocast, config.knn_k)
-            row["knn_top1"], text = knn, f"{text}, k-NN {100 * knn:.2f}%"
+            row["knn_top1"] = knn
         row["seconds"] = time.monotonic() - self.clock
         self.loss.zero_()
         self.history.append(row)
         if self.is_main:
             with contextlib.suppress(OSError):  # write() decides what a full disk means
                 self.log()
-            text += f", {row['seconds'] / epoch * left / 60:.1f} min left" if left else ""
-            self.bar.write(f"epoch {epoch}/{config.epochs}: {text}")
+            text = f", {row['seconds'] / epoch * left / 60:.1f} min left" if left else ""
+            self.bar.write(f"{describe_epoch(row, config.epochs)}{text}")
+            self.warn()
         if config.keep_every and epoch % config.keep_every == 0 and left:
             self.save(f"epoch{epoch:04d}.pt")
+
+    def warn(self):
+        """Say once, in a line, that learning seems to fail."""
+        row, knn = self.history[-1], [r["knn_top1"] for r in self.history if "knn_top1" in r][-4:]
+        falling = len(knn) == 4 and knn == sorted(set(knn))[::-1] and knn[0] > knn[3] + 0.01
+        signs = {
+            "the loss is still at chance: try another --lr": row["loss"] > 0.99 * self.chance,
+            "the features have collapsed: all images get the same": row["spread"] < 0.1,
+            "the k-NN accuracy has fallen three times in a row": falling,
+        }
+        if row["epoch"] > 2 + getattr(self.config, "warmup_epochs", 0):
+            for sign in {sign for sign, seen in signs.items() if seen} - self.warned:
+                self.bar.write(f"warning: {sign}", file=sys.stderr)
+                self.warned.add(sign)
+
+
+def describe_epoch(row, epochs):
+    knn = f", k-NN {row['knn_top1']:.2%}" if "knn_top1" in row else ""
+    return f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.4f}{knn}"
 
 
 # %% Command line
@@ -1106,7 +1127,10 @@ SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (--help shows the flags)")
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
+        raise UserError(f"{message} ({hint})")
 
 
 def parse_config(argv=None):
@@ -1135,15 +1159,11 @@ def parse_config(argv=None):
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
         elif choices := typing.get_args(kind):
             how = {"choices": choices}
-        text = f"{text} [{default}]".replace("%", "%%")
-        group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
+        how |= dict(default=argparse.SUPPRESS, help=f"{text} [{default}]".replace("%", "%%"))
+        group.add_argument(f"--{name.replace('_', '-')}", **how)
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
     return check_config(Config(**RECIPES.get(recipe, {}) | flags))
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def check_config(config):
@@ -1160,7 +1180,8 @@ def check_config(config):
             must = f"from {least} to {most}"
         else:
             continue
-        raise UserError(f"{flag_of(name)} {','.join(map(str, values))}: must be {must}")
+        flag, value = name.replace("_", "-"), ",".join(map(str, values))
+        raise UserError(f"--{flag} {value}: must be {must}")
     return config
 
 

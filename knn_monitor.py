@@ -202,6 +202,7 @@ def watch(folder, config):
 import argparse
 import contextlib
 import ctypes
+import difflib
 import hashlib
 import io
 import json
@@ -209,7 +210,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import typing
@@ -219,6 +219,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torchvision
+from torch.utils.collect_env import run as ask
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
@@ -465,25 +466,23 @@ def start_device(config):
 
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
-
-    def ask(command):
-        folder = Path(__file__).parent if "__file__" in globals() else None
-        how = dict(shell=True, cwd=folder, capture_output=True, text=True)
-        return subprocess.run(command, **how).stdout.strip()
-
-    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
+    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")[1] or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    folder = shlex.quote(os.path.dirname(globals().get("__file__", "")) or ".")
     machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
     machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
     machine |= dict(python=platform.python_version())
-    machine |= dict(commit=ask("git describe --always --dirty --abbrev=40"))
+    machine |= dict(commit=ask(f"git -C {folder} describe --always --dirty --abbrev=40")[1])
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
 # %% Command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (--help shows the flags)")
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
+        raise UserError(f"{message} ({hint})")
 
 
 def parse_config(argv=None):
@@ -512,15 +511,11 @@ def parse_config(argv=None):
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
         elif choices := typing.get_args(kind):
             how = {"choices": choices}
-        text = f"{text} [{default}]".replace("%", "%%")
-        group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
+        how |= dict(default=argparse.SUPPRESS, help=f"{text} [{default}]".replace("%", "%%"))
+        group.add_argument(f"--{name.replace('_', '-')}", **how)
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
     return check_config(Config(**RECIPES.get(recipe, {}) | flags))
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
@@ -542,7 +537,8 @@ def check_config(config):
             must = f"from {least} to {most}"
         else:
             continue
-        raise UserError(f"{flag_of(name)} {','.join(map(str, values))}: must be {must}")
+        flag, value = name.replace("_", "-"), ",".join(map(str, values))
+        raise UserError(f"--{flag} {value}: must be {must}")
     return config
 
 

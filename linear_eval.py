@@ -302,6 +302,7 @@ def score(logits, labels):
 import argparse
 import contextlib
 import ctypes
+import difflib
 import hashlib
 import io
 import json
@@ -309,7 +310,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -322,6 +322,8 @@ import numpy as np
 import torch.distributed as dist
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.collect_env import run as ask
+from torchvision.transforms.v2.functional import horizontal_flip_image as horizontal_flip
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
@@ -378,10 +380,6 @@ def separable(x, rows, columns):
     x = x.flatten(1, 2) @ columns.mT  # (N, C*h, W)
     x = rows @ x.unflatten(1, (-1, rows.shape[2])).transpose(1, 2).flatten(2)  # (N, H, C*W)
     return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
-
-
-def horizontal_flip(x):
-    return x.flip(3)
 
 
 def normalise(x, config):
@@ -570,18 +568,13 @@ def shard(batch):
 
 def describe_machine(device, dtype, seed):
     """What a result depends on, for the record"""
-
-    def ask(command):
-        folder = Path(__file__).parent if "__file__" in globals() else None
-        how = dict(shell=True, cwd=folder, capture_output=True, text=True)
-        return subprocess.run(command, **how).stdout.strip()
-
-    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.machine()
+    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")[1] or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    folder = shlex.quote(os.path.dirname(globals().get("__file__", "")) or ".")
     machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
     machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
     machine |= dict(python=platform.python_version())
-    machine |= dict(commit=ask("git describe --always --dirty --abbrev=40"))
+    machine |= dict(commit=ask(f"git -C {folder} describe --always --dirty --abbrev=40")[1])
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
@@ -593,7 +586,10 @@ SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (--help shows the flags)")
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
+        raise UserError(f"{message} ({hint})")
 
 
 def parse_config(argv=None):
@@ -622,15 +618,11 @@ def parse_config(argv=None):
             how = {"type": lambda text: tuple(map(float, text.split(","))), "metavar": "X,..."}
         elif choices := typing.get_args(kind):
             how = {"choices": choices}
-        text = f"{text} [{default}]".replace("%", "%%")
-        group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **how)
+        how |= dict(default=argparse.SUPPRESS, help=f"{text} [{default}]".replace("%", "%%"))
+        group.add_argument(f"--{name.replace('_', '-')}", **how)
     flags = vars(parser.parse_args(argv))
     recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
     return check_config(Config(**RECIPES.get(recipe, {}) | flags))
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def check_config(config):
@@ -647,7 +639,8 @@ def check_config(config):
             must = f"from {least} to {most}"
         else:
             continue
-        raise UserError(f"{flag_of(name)} {','.join(map(str, values))}: must be {must}")
+        flag, value = name.replace("_", "-"), ",".join(map(str, values))
+        raise UserError(f"--{flag} {value}: must be {must}")
     return config
 
 

@@ -22,6 +22,7 @@ The last three need tools/report.py. In a notebook, paste this file into a cell 
 
 # %%
 import dataclasses
+import difflib
 import itertools
 import math
 
@@ -662,7 +663,10 @@ def save_figure(figure, path):
 # %% Command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (--help shows the flags)")
+        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
+        raise UserError(f"{message} ({hint})")
 
 
 def parse_flags(argv=None):

@@ -491,7 +491,7 @@ class Recorded:
         self.scaler, self.loss = torch.amp.GradScaler("cpu", enabled=False), torch.zeros(())
         self.losses, self.gradients, self.rates = [], [], []
 
-    def start(self, model, online, optimizer, clip=0.0):
+    def start(self, model, online, optimizer, chance, clip=0.0):
         self.model, self.online, self.optimizer = model.to(self.dtype), online, optimizer
         self.initial = copy.deepcopy(model)
         optimizer.register_step_pre_hook(self.before_step)

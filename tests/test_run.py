@@ -474,3 +474,55 @@ def test_old_checkpoints_still_load(path):  # R12
     checkpoint, encoder = linear_eval.load_encoder(path)
     images = (torch.arange(2 * 3 * 8 * 8) % 256 / 255).view(2, 3, 8, 8)
     torch.testing.assert_close(encoder(images), checkpoint["features"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def short(tiny_npz, tmp_path):
+    """Flags of 10 epochs of 3 steps on images that can be told apart, without k-NN"""
+    small = "--image-size 16 --arch resnet8 --width 4 --batch-size 40 --head-hidden 16 --dim 8"
+    how = "--knn-k 5 --knn-every 0 --epochs 10 --lr 0.3 --crop-scale 0.5,1 --device cpu"
+    return f"--data {tiny_npz} {small} {how} --out {tmp_path / 'run'} --restart".split()
+
+
+def warnings_of(script, argv, capsys):
+    """What the run warned of"""
+    assert script.main(argv) == 0
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+
+
+def test_a_run_tells_what_goes_on_and_what_is_next(flags, tmp_path, capsys):
+    out = tmp_path / "my run"
+    argv = [*flags, "--out", str(out), "--epochs", "7", "--symmetric"]  # 42 steps
+    assert moco_cifar.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "steps 0 to 42, 6 an epoch; a loss of 7.86 is chance\n" in text  # 2 ln 51
+    assert text.count(" min to go\n") == 1 and text.count(" min left\n") == 6
+    assert text.endswith(f"next: python linear_eval.py '{out}'\n")
+    last = [line for line in text.splitlines() if line.startswith("epoch 7/7: loss ")]
+    assert moco_cifar.main(argv) == 0  # finished: its result once more
+    assert capsys.readouterr().out == f"{out}/pretrain.pt is complete: {last[0]}\n"
+
+
+def test_warning_of_a_loss_at_chance(short, capsys):
+    assert not warnings_of(simclr, short, capsys)
+    stuck = warnings_of(simclr, [*short, "--temperature", "1000"], capsys)
+    assert stuck == ["warning: the loss is still at chance: try another --lr"]
+
+
+def test_warning_of_a_collapse(short, monkeypatch, capsys):
+    """SimSiam without what keeps it from collapsing: gradients reach the targets, no predictor."""
+    simsiam = "--framework simsiam --encode whole --predictor-hidden 4 --epochs 30".split()
+    assert not warnings_of(fast_moco, [*short, *simsiam], capsys)
+    with_gradient = fast_moco.FastMoCo.target_embed.__wrapped__
+    monkeypatch.setattr(fast_moco.FastMoCo, "target_embed", with_gradient)
+    monkeypatch.setattr(fast_moco.FastMoCo, "predict", lambda self, x, _: self.online[:2](x))
+    collapsed = warnings_of(fast_moco, [*short, *simsiam], capsys)
+    assert collapsed == ["warning: the features have collapsed: all images get the same"]
+
+
+@pytest.mark.parametrize("values, warned", [("5432", 1), ("5434", 0), ("5444", 0), ("4325", 0)])
+def test_warning_of_a_falling_knn(values, warned, short, monkeypatch, capsys):
+    curve = iter(int(value) / 10 for value in values)
+    monkeypatch.setattr(simclr, "knn_accuracy", lambda *_: next(curve))
+    found = warnings_of(simclr, [*short, "--epochs", "4", "--knn-every", "1"], capsys)
+    assert found == ["warning: the k-NN accuracy has fallen three times in a row"] * warned
