@@ -1,4 +1,4 @@
-"""docs/add-a-method.md followed to the letter: its edits make a method that runs through the chain."""
+"""docs/add-a-method.md, followed to the letter: its edits make a method that runs as it says."""
 
 import importlib.util
 import re
