@@ -33,7 +33,8 @@ def renumbered(name, text):
 
 def commands(text):
     """Each command of a page, in blocks and within sentences, without its comment"""
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(.*?)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = [block for language, block in blocks if language in ("", "bash")]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + spans
