@@ -45,7 +45,7 @@ pretrain = $(call option,--recipe,$(RECIPE))--data '$(DATA)' $(call option,--epo
 seed_and_out = --seed $(SEED) --out $(@D) $(ARGS)
 
 ##@ Run
-.PHONY: help demo cifar-moco cifar-simclr cifar-fast-moco figures bench test test-long check sync clean distclean
+.PHONY: help demo cifar-moco cifar-simclr cifar-fast-moco figures bench test test-long check diff sync clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z0-9%-]+:.*## / {sub("%", "NAME", $$1); printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,16 @@ check: | $(DEV_READY)  ## what must hold before a commit: lint, identical copies
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) tools/copies.py --check
 	$(PYTHON) -m pytest -q
+
+# what stands between the docstring and the plumbing; --patience keeps a function's lines together
+A ?= moco_cifar
+B ?= simclr
+
+diff:  ## how the methods of two scripts differ: A=moco_cifar B=fast_moco
+	@ls $(A).py $(B).py > /dev/null; folder=$$(mktemp -d); trap 'rm -r "$$folder"' EXIT; \
+	for name in $(A) $(B); do \
+	    sed -n '/^\# %% Config/,/^\# ---- plumbing/p' $$name.py > "$$folder/$$name.py"; \
+	done; cd "$$folder"; git diff --no-index --patience -U2 $(A).py $(B).py || [ $$? = 1 ]
 
 sync: | $(READY)  ## make the copies in the scripts identical again
 	$(PYTHON) tools/copies.py --fix
