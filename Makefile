@@ -88,7 +88,7 @@ demo_moco := moco_cifar.py $(DEMO) --epochs 16 --bn-splits 1 --queue-size 1024
 demo_simclr := simclr.py $(DEMO) --epochs 12
 demo_fast-moco := fast_moco.py $(DEMO) --epochs 12 --head-hidden 256 --dim 128 --predictor-hidden 64
 
-demo: figures/demo-$(METHOD)-seed$(SEED)/table.md  ## the whole chain on synthetic shapes: no download, minutes on a CPU
+demo: figures/demo-$(METHOD)-seed$(SEED)/table.md  ## the whole chain on synthetic shapes: no data to download, minutes on a CPU
 
 runs/demo-$(METHOD)-seed$(SEED)/pretrain.pt: data/shapes.npz | $(READY)
 	$(PYTHON) $(demo_$(METHOD)) $(seed_and_out)

@@ -14,9 +14,10 @@ are the other images of the batch.
 What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary):
  1. The stem fits 32x32 images, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
- 3. The loss is the sum of both directions: guessing gives 2 ln N, 12.48 at batch 512.
- 4. --encode whole is MoCo v3 with the same settings. Patches take 1.08 times its FLOPs.
- 5. Jitter changes brightness, contrast, saturation, hue in this order; the paper's is random.
+ 3. --encode whole is MoCo v3 with these settings and heads, and without the factor 2T of its loss.
+    Patches take 1.08 times its FLOPs.
+ 4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
+The loss is the sum of both directions: guessing gives 2 ln N, 12.48 at batch 512.
 
     python fast_moco.py                                # CIFAR-10, ResNet-18, 200 epochs
     python fast_moco.py --framework byol               # or simsiam, nnclr; with or without patches
@@ -72,28 +73,28 @@ class Config:
     parts_combined: int = 2  # n, patches in a combination
     combine_at: Stage = "final"  # after which stage patches are combined (C.5)
     full_crops: int = 2  # views; those after the first two have no target of their own (B.5)
-    small_crops: int = 0  # likewise, of the size of a patch (multi-crop, SwAV)
+    small_crops: int = 0  # more views without a target, of a patch's size (multi-crop, SwAV)
     temperature: float = 0.2  # T of the softmax; 1 in the paper, on ImageNet
     key_momentum: float = 0.99  # a, of the moving average
     queue_size: int = 4096  # of nnclr: embeddings among which a target's nearest neighbour is taken
     # -- optimisation
     epochs: int = 200  # passes over the training images
-    batch_size: int = 512  # N, images per step over all devices
+    batch_size: int = 512  # N, images per step over all devices; change lr in proportion
     optimizer: Literal["sgd", "adamw"] = "sgd"  # AdamW: section C.4
     lr: float = 0.1  # peak learning rate; the predictor's is constant
     sgd_momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-4  # on all parameters
-    clip: float = 1.0  # largest norm of the gradient; 0: any
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     warmup_epochs: float = 1.0  # linear warm-up, in epochs
     warmup_start: float = 0.25  # learning rate at its start, as a share of the peak
-    schedule: Literal["cosine", "constant"] = "cosine"  # after that
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     # -- run
     out: str = "runs/fast-moco"  # the run's folder
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
-    knn_k: int = 200  # neighbours that vote
+    knn_k: int = 200  # neighbours that vote (docs/faq.md compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
     save_seconds: float = 60.0  # seconds between saves: the most a crash can lose
     compile: bool = False  # use torch.compile; meant for GPUs (docs/race.md)
@@ -227,7 +228,7 @@ class FastMoCo(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2: theta_k <- m theta_k + (1 - m) theta_q; encoder_k has its own batch-norm statistics"""
+    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; batch-norm statistics are its own"""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
@@ -351,7 +352,7 @@ def variant_predict(model, patches):
 
 
 class Queue(nn.Module):
-    """The last `size` keys, first in, first out (sec. 3.2); random unit vectors at the start."""
+    """The last `size` keys, first in, first out (MoCo, sec. 3.2); random unit vectors at first."""
 
     def __init__(self, size, dim):
         super().__init__()
@@ -893,7 +894,9 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            steps = f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch"
+            steps = (
+                f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} per epoch"
+            )
             print(f"{steps}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 

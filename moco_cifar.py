@@ -73,7 +73,7 @@ class Config:
     symmetric: bool = False  # add the loss with the two views exchanged
     # -- optimisation
     epochs: int = 200  # passes over the training images
-    batch_size: int = 512  # N, images per step over all devices
+    batch_size: int = 512  # N, images per step over all devices; change lr in proportion
     lr: float = 0.06  # learning rate at the start
     sgd_momentum: float = 0.9  # the optimizer's, not the key encoder's
     weight_decay: float = 5e-4  # on all parameters
@@ -84,7 +84,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
-    knn_k: int = 200  # neighbours that vote
+    knn_k: int = 200  # neighbours that vote (docs/faq.md compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
     save_seconds: float = 60.0  # seconds between saves: the most a crash can lose
     compile: bool = False  # use torch.compile; meant for GPUs (docs/race.md)
@@ -183,7 +183,7 @@ def info_nce(q, k, queue, temperature):
 
 
 class Queue(nn.Module):
-    """The last `size` keys, first in, first out (sec. 3.2); random unit vectors at the start."""
+    """The last `size` keys, first in, first out (MoCo, sec. 3.2); random unit vectors at first."""
 
     def __init__(self, size, dim):
         super().__init__()
@@ -201,7 +201,7 @@ class Queue(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2: theta_k <- m theta_k + (1 - m) theta_q; encoder_k has its own batch-norm statistics"""
+    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; batch-norm statistics are its own"""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
@@ -280,7 +280,7 @@ def train(config, run):
     view = run.compiled(augment)  # augment itself, unless --compile
     for epoch, images in run.batches():  # images (N, 3, H, W) uint8, on the device
         optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
-        im_q, im_k = view(images, config), view(images, config)
+        im_q, im_k = view(images, config), view(images, config)  # on the device, without workers
         if config.mechanism == "moco":
             momentum_update(model.encoder_q, model.encoder_k, config.key_momentum)
         with run.autocast():  # bf16 or fp16 where that is fast
@@ -297,8 +297,9 @@ def train(config, run):
 
 # ---- variants: the two mechanisms that MoCo is compared with (Figure 2); the lesson ends here ----
 def memory_bank(model, im_q, im_k, rows):
-    """Figure 2b (Wu et al. 2018): an image's key is the vector it had when it was last seen, the
-    negatives are those of random images. No second encoder, but most keys are an epoch old.
+    """Figure 2b (Wu et al. 2018, but for their momentum): an image's key is the vector it had when
+    last seen, the negatives are those of random images. No second encoder, but most keys are an
+    epoch old.
     """
     bank, config = model.queue.keys, model.config  # (images, C)
     q = gather(unit(model.encoder_q(im_q)))  # (N, C)
@@ -827,7 +828,9 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            steps = f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch"
+            steps = (
+                f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} per epoch"
+            )
             print(f"{steps}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 

@@ -13,12 +13,12 @@ projector is thrown away.
 
 What differs from the paper (SimCLR, arXiv:2002.05709):
  1. The stem fits 32x32 images (its appendix B.9), and there is no blur, as there.
- 2. The loss is the mean over the 2N views: guessing gives ln(2N - 1), 6.93 at batch 512. Its floor
-    is not 0: cosines end at 1, so at T = 0.5 and batch 512 it is about ln(1 + 1022 / e^2) = 4.9.
- 3. Grayscale has probability 0.1, not 0.2, as in github.com/dkobak/simclr-cifar10.
- 4. With several processes each has its own batch norm, through which an image's two views could
+ 2. Grayscale has probability 0.1, not 0.2, as in github.com/dkobak/simclr-cifar10.
+ 3. With several processes each has its own batch norm, through which an image's two views could
     know each other; the paper normalises over all devices (sec. 2.2).
- 5. Jitter changes brightness, contrast, saturation, hue in this order; the paper's is random.
+ 4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
+The loss of guessing is ln(2N - 1), 6.93 at batch 512. Its floor is not 0: no cosine exceeds 1, so
+at T = 0.5 and batch 512 it is about ln(1 + 1022 / e^2) = 4.9.
 
     python simclr.py                               # CIFAR-10, ResNet-18, 200 epochs (recipe cifar)
     python simclr.py --recipe report               # the course report: ResNet-50, 50 epochs
@@ -62,28 +62,28 @@ class Config:
     # -- model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8"] = "resnet18"  # the backbone
     width: int = 64  # channels of its first stage
-    head: Literal["linear", "mlp"] = "mlp"  # the projector: one layer or two (4.2)
+    head: Literal["linear", "mlp"] = "mlp"  # the projector: one layer or two (sec. 4.2)
     head_hidden: int = 1024  # units of its hidden layer
     dim: int = 128  # C, the size of the vectors that are compared
     # -- method
     temperature: float = 0.5  # of the softmax (Eq. 1)
     # -- optimisation
     epochs: int = 200  # passes over the training images
-    batch_size: int = 512  # N, images per step over all devices
+    batch_size: int = 512  # N, images per step over all devices; change lr in proportion
     optimizer: Literal["sgd", "adam", "lars"] = "sgd"  # LARS: layer-wise step sizes
     lr: float = 0.06  # peak learning rate, 0.03 for every 256 images of the batch
     sgd_momentum: float = 0.9  # of SGD and LARS
     weight_decay: float = 5e-4  # on all parameters; LARS leaves out biases and batch norm
     warmup_epochs: float = 0.0  # linear warm-up, in epochs
     warmup_start: float = 0.0  # learning rate at its start, as a share of the peak
-    schedule: Literal["cosine", "constant"] = "cosine"  # after that
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     # -- run
     out: str = "runs/simclr"  # the run's folder
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
-    knn_k: int = 200  # neighbours that vote
+    knn_k: int = 200  # neighbours that vote (docs/faq.md compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
     save_seconds: float = 60.0  # seconds between saves: the most a crash can lose
     compile: bool = False  # use torch.compile; meant for GPUs (docs/race.md)
@@ -764,7 +764,9 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            steps = f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch"
+            steps = (
+                f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} per epoch"
+            )
             print(f"{steps}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 

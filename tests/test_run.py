@@ -495,7 +495,7 @@ def test_a_run_tells_what_goes_on_and_what_is_next(flags, tmp_path, capsys):
     argv = [*flags, "--out", str(out), "--epochs", "7", "--symmetric"]  # 42 steps
     assert moco_cifar.main(argv) == 0
     text = capsys.readouterr().out
-    assert "steps 0 to 42, 6 an epoch; a loss of 7.86 is chance\n" in text  # 2 ln 51
+    assert "steps 0 to 42, 6 per epoch; a loss of 7.86 is chance\n" in text  # 2 ln 51
     assert text.count(" min to go\n") == 1 and text.count(" min left\n") == 6
     assert text.endswith(f"next: python linear_eval.py '{out}'\n")
     last = [line for line in text.splitlines() if line.startswith("epoch 7/7: loss ")]

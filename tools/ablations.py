@@ -68,7 +68,7 @@ ABLATIONS = {
     "temperature": ablation(
         "moco_cifar.py",
         "Temperature, with a linear and an MLP head",
-        "MoCo v2, Table 2, 200 epochs",
+        "MoCo v2, section 3, 200 epochs",
         dict(head=["linear", "mlp"], temperature=[0.07, 0.1, 0.2, 0.3, 0.4, 0.5]),
         [60.6, 60.7, 59.0, 58.2, 57.2, 56.4, 62.9, 64.9, 66.2, 65.7, 65.0, 64.3],
     ),
@@ -109,7 +109,7 @@ ABLATIONS = {
     "batch-moco": ablation(
         "moco_cifar.py",
         "Batch size of MoCo",
-        "MoCo v2, Table 3, 200 epochs",
+        "MoCo v2, Table 2, 200 epochs",
         dict(batch_size=[64, 128, 256]),
         [None, None, 67.5],
         full=dict(recipe="v2"),
@@ -117,7 +117,7 @@ ABLATIONS = {
     "batch-simclr": ablation(
         "simclr.py",
         "Batch size of SimCLR",
-        "MoCo v2, Table 3, 200 epochs; 66.6 with 8,192",
+        "MoCo v2, Table 2, 200 epochs; 66.6 with 8,192",
         dict(batch_size=[32, 64, 128, 256, 512]),
         [None, None, None, 61.9],
     ),
@@ -140,7 +140,7 @@ ABLATIONS = {
     "encode": ablation(
         "fast_moco.py",
         "How a view is divided and encoded",
-        "Fast-MoCo, supplementary, Figure 3: drawn only",
+        "Fast-MoCo, section 5.2; the supplementary's Figure 3 only illustrates them",
         dict(encode="whole divide divide-combine sample sample-combine montage".split()),
     ),
     "frameworks": ablation(
