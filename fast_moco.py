@@ -145,7 +145,7 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     if arch == "vit-tiny":  # 32x32 images, 4x4 patches, 6 layers, 3 heads of `width` channels
         net = VisionTransformer(32, 4, 6, 3, hidden_dim=3 * width, mlp_dim=12 * width)
         net.heads, net.dim = nn.Identity(), 3 * width  # the feature is the class token's output
-        net.conv_proj.requires_grad_(False)  # of patches: stays random (arXiv:2104.02057, sec. 4.2)
+        net.conv_proj.requires_grad_(False)  # fixed random patch projection (arXiv:2104.02057, 4.2)
         return net
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
     block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock

@@ -3,12 +3,14 @@ stays random while everything else learns, and every script takes it or says in 
 """
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 from conftest import close
 from kill_harness import digest
+from test_fast_moco import ShortRun
 from test_run import interrupt
 from torch import nn
 from torchvision.models import VisionTransformer
@@ -169,6 +171,25 @@ def test_a_compiled_step_is_the_same_step(trained, tiny_npz, tmp_path, monkeypat
     assert len(graphs) >= 2  # model and augmentation
     for name, value in a["encoder"].items():
         close(b["encoder"][name], value, 1e-5)
+
+
+class VitRun(ShortRun):
+    def before_step(self, *_):
+        """Keeps no gradients: those of frozen weights are None."""
+
+
+def test_16_images_are_learned_by_heart_and_embeddings_do_not_collapse():
+    """As in test_fast_moco.py: little augmentation, and a temperature at which the loss can be 0"""
+    config = fast_moco.parse_config([*COMMON, *WHOLE, "--width", "8", "--batch-size", "16"])
+    how = dict(epochs=1, optimizer="adamw", lr=3e-3, clip=0.0, warmup_epochs=0.0, key_momentum=0.8)
+    how |= dict(head_hidden=32, dim=16, predictor_hidden=16, temperature=0.05, schedule="constant")
+    how |= dict(crop_scale=(1.0, 1.0), flip=0.0, jitter=(0.1, 0.1, 0.1, 0.02), gray=0.0)
+    config = dataclasses.replace(config, **how)
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    fast_moco.train(config, run := VitRun(config, images, 40, torch.float32))
+    assert sum(run.losses[-5:]) / 5 < 0.2 * run.losses[0], run.losses
+    z = run.model.target_embed(fast_moco.augment(images, config))
+    assert z.std(0).min() > 0.1 / 16**0.5
 
 
 # -- what takes its checkpoint
