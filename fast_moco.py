@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import VisionTransformer, resnet
 
 METHOD = "fast-moco"
 Encode = Literal["divide-combine", "divide", "sample", "sample-combine", "montage", "whole"]
@@ -61,7 +61,7 @@ class Config:
     gray: float = 0.2  # probability of a grayscale view
     blur: float = 0.0  # probability of a Gaussian blur (0.5 in the paper, on ImageNet)
     # -- model
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet8"] = "resnet18"  # the backbone
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
     width: int = 64  # channels of its first stage
     head_hidden: int = 2048  # units of the projector's two hidden layers
     dim: int = 2048  # C, the size of the vectors that are compared
@@ -106,6 +106,11 @@ RECIPES = {
     "paper": dict(epochs=100, temperature=1.0, blur=0.5),  # Table 1
     "paper-20": dict(epochs=20, lr=0.15, temperature=1.0, blur=0.5),  # Table 1, for its ablations
     "adamw": dict(optimizer="adamw", lr=1e-3, weight_decay=0.05),  # C.4 gives no rate: a usual one
+    # MoCo v3 with a ViT (arXiv:2104.02057): optimizer, warm-up, heads and T of its sec. 5; epochs,
+    # decay and lr (1.5e-4 per 256 images) of its code. Ours: sizes, views, m that doesn't grow to 1
+    "vit": dict(arch="vit-tiny", encode="whole", epochs=300, optimizer="adamw", lr=3e-4, clip=0.0)
+    | dict(weight_decay=0.1, warmup_epochs=40.0, warmup_start=0.0)
+    | dict(head_hidden=4096, dim=256, predictor_hidden=4096),
 }
 
 
@@ -135,29 +140,31 @@ def combine(v, parts=4, n=2):
 
 # %% Model
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
-    """A ResNet for small images (SimCLR, appendix B.9): (N, 3, H, W) -> features (N, encoder.dim).
+    """A ResNet for small images (SimCLR, B.9) or a ViT: (N, 3, H, W) -> features (N, encoder.dim).
     Layers have torchvision's names; width: channels of the first stage, doubled in each further.
     """
+    if arch == "vit-tiny":  # 32x32 images, 4x4 patches, 6 layers, 3 heads of `width` channels
+        net = VisionTransformer(32, 4, 6, 3, hidden_dim=3 * width, mlp_dim=12 * width)
+        net.heads, net.dim = nn.Identity(), 3 * width  # the feature is the class token's output
+        net.conv_proj.requires_grad_(False)  # fixed random patch projection (arXiv:2104.02057, 4.2)
+        return net
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
-    block = Bottleneck if arch == "resnet50" else BasicBlock
+    block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock
     net = nn.Sequential()  # runs its layers in the order in which they are assigned
     net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
-    net.bn1, net.relu = norm_layer(width), nn.ReLU(inplace=True)
-    channels = width
+    net.bn1, net.relu, net.dim = norm_layer(width), nn.ReLU(inplace=True), width
     for i, depth in enumerate(depths):
         stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
         for _ in range(depth):
             out, shortcut = planes * block.expansion, None
-            if stride != 1 or channels != out:
-                conv = nn.Conv2d(channels, out, 1, stride, bias=False)
-                shortcut = nn.Sequential(conv, norm_layer(out))
-            stage.append(block(channels, planes, stride, shortcut, norm_layer=norm_layer))
-            channels, stride = out, 1
+            if stride != 1 or net.dim != out:
+                shortcut = nn.Sequential(resnet.conv1x1(net.dim, out, stride), norm_layer(out))
+            stage.append(block(net.dim, planes, stride, shortcut, norm_layer=norm_layer))
+            net.dim, stride = out, 1
         setattr(net, f"layer{i + 1}", stage)
-    net.avgpool, net.flatten, net.dim = nn.AdaptiveAvgPool2d(1), nn.Flatten(), channels
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    net.avgpool, net.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    for conv in (module for module in net.modules() if isinstance(module, nn.Conv2d)):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return net
 
 
@@ -370,21 +377,20 @@ class Queue(nn.Module):
 
 def check_method(config):
     """UserError if the method's settings don't go together."""
-    if config.encode != "whole" and config.image_size % config.grid:
-        raise UserError(
-            f"--image-size {config.image_size} must be a multiple of --grid {config.grid}"
-        )
-    if config.parts_combined > config.grid**2:
-        raise UserError(f"--parts-combined {config.parts_combined}: of {config.grid**2} patches")
-    plain = (config.encode, config.grid, config.parts_combined) == ("divide-combine", 2, 2)
+    encode, size, grid = config.encode, config.image_size, config.grid
+    if config.arch == "vit-tiny" and (encode, size, config.small_crops) != ("whole", 32, 0):
+        raise UserError("--arch vit-tiny needs --encode whole --image-size 32 --small-crops 0")
+    if encode != "whole" and size % grid:
+        raise UserError(f"--image-size {size} must be a multiple of --grid {grid}")
+    if config.parts_combined > grid**2:
+        raise UserError(f"--parts-combined {config.parts_combined}: of {grid**2} patches")
+    plain = (encode, grid, config.parts_combined) == ("divide-combine", 2, 2)
     if config.combine_at != "final" and not plain:
         raise UserError("--combine-at is for pairs of 2x2 patches: --encode divide-combine")
     if config.full_crops < 2:
         raise UserError(f"--full-crops {config.full_crops}: two views at least")
-    if config.encode.startswith("sample") and config.small_crops:
-        raise UserError(
-            f"--small-crops goes with views that are divided, not --encode {config.encode}"
-        )
+    if encode.startswith("sample") and config.small_crops:
+        raise UserError(f"--small-crops goes with views that are divided, not --encode {encode}")
 
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----

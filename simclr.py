@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import VisionTransformer, resnet
 
 METHOD = "simclr"
 
@@ -60,7 +60,7 @@ class Config:
     gray: float = 0.1  # probability of a grayscale view
     blur: float = 0.0  # probability of a Gaussian blur
     # -- model
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet8"] = "resnet18"  # the backbone
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
     width: int = 64  # channels of its first stage
     head: Literal["linear", "mlp"] = "mlp"  # the projector: one layer or two (sec. 4.2)
     head_hidden: int = 1024  # units of its hidden layer
@@ -127,34 +127,40 @@ def composition(config):
     return dataclasses.replace(config, **dict(off[name] for name in off.keys() - named))
 
 
-check_method = composition  # UserError if it doesn't know a name
+def check_method(config):
+    """UserError if an augmentation is unknown, or the encoder takes no images of this size."""
+    composition(config)
+    if config.arch == "vit-tiny" and config.image_size != 32:
+        raise UserError(f"--image-size {config.image_size}: --arch vit-tiny needs 32")
 
 
 # %% Model
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
-    """A ResNet for small images (SimCLR, appendix B.9): (N, 3, H, W) -> features (N, encoder.dim).
+    """A ResNet for small images (SimCLR, B.9) or a ViT: (N, 3, H, W) -> features (N, encoder.dim).
     Layers have torchvision's names; width: channels of the first stage, doubled in each further.
     """
+    if arch == "vit-tiny":  # 32x32 images, 4x4 patches, 6 layers, 3 heads of `width` channels
+        net = VisionTransformer(32, 4, 6, 3, hidden_dim=3 * width, mlp_dim=12 * width)
+        net.heads, net.dim = nn.Identity(), 3 * width  # the feature is the class token's output
+        net.conv_proj.requires_grad_(False)  # fixed random patch projection (arXiv:2104.02057, 4.2)
+        return net
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
-    block = Bottleneck if arch == "resnet50" else BasicBlock
+    block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock
     net = nn.Sequential()  # runs its layers in the order in which they are assigned
     net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
-    net.bn1, net.relu = norm_layer(width), nn.ReLU(inplace=True)
-    channels = width
+    net.bn1, net.relu, net.dim = norm_layer(width), nn.ReLU(inplace=True), width
     for i, depth in enumerate(depths):
         stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
         for _ in range(depth):
             out, shortcut = planes * block.expansion, None
-            if stride != 1 or channels != out:
-                conv = nn.Conv2d(channels, out, 1, stride, bias=False)
-                shortcut = nn.Sequential(conv, norm_layer(out))
-            stage.append(block(channels, planes, stride, shortcut, norm_layer=norm_layer))
-            channels, stride = out, 1
+            if stride != 1 or net.dim != out:
+                shortcut = nn.Sequential(resnet.conv1x1(net.dim, out, stride), norm_layer(out))
+            stage.append(block(net.dim, planes, stride, shortcut, norm_layer=norm_layer))
+            net.dim, stride = out, 1
         setattr(net, f"layer{i + 1}", stage)
-    net.avgpool, net.flatten, net.dim = nn.AdaptiveAvgPool2d(1), nn.Flatten(), channels
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    net.avgpool, net.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    for conv in (module for module in net.modules() if isinstance(module, nn.Conv2d)):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return net
 
 

@@ -143,6 +143,33 @@ def test_faster_rcnn_learns_on_it(checkpoint, tmp_path):
     assert not torch.equal(backbone.body.layer1[0].conv1.weight, weights["layer1.0.conv1.weight"])
 
 
+@pytest.fixture
+def vit(tmp_path):
+    """A file with an untrained vit-tiny, and its weights"""
+    encoder = moco_cifar.build_encoder("vit-tiny")
+    about = dict(format=moco_cifar.FORMAT, method="moco", epoch=3, epochs=3, config={}, data={})
+    about |= dict(arch="vit-tiny", width=64, dim=encoder.dim, encoder=encoder.state_dict())
+    torch.save(about, tmp_path / "vit.pt")
+    return tmp_path / "vit.pt", encoder.state_dict()
+
+
+def test_torchvisions_vit_takes_it_with_only_the_heads_missing(vit, tmp_path):
+    path, weights = vit
+    assert export.main([str(path), str(tmp_path / "e.pth"), "--to", "torchvision"]) == 0
+    model = torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768)  # as the help says
+    exported = torch.load(tmp_path / "e.pth", weights_only=True)
+    missing, unexpected = model.load_state_dict(exported, strict=False)
+    assert missing == ["heads.head.weight", "heads.head.bias"] and not unexpected
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("flags", ["--to detectron2", "--to torchvision --stem pad"])
+def test_a_vit_has_no_stem_to_pad_and_no_place_in_detectron2(vit, tmp_path, refused, flags):
+    where = [vit[0], tmp_path / "e", *flags.split()]
+    refused(export.main, where, "a vit-tiny goes --to torchvision, with --stem keep")
+    assert not (tmp_path / "e").exists()
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, refused):
     (tmp_path / "a").write_text("nothing")
     refused(export.main, [tmp_path / "a", tmp_path / "b", "--to", "torchvision"], "not a readable")

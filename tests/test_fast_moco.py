@@ -622,6 +622,9 @@ CHANGES = {
     "paper": dict(epochs=100, temperature=1.0, blur=0.5),  # Table 1
     "paper-20": dict(epochs=20, lr=0.15, temperature=1.0, blur=0.5),  # Table 1, second column
     "adamw": dict(optimizer="adamw", lr=1e-3, weight_decay=0.05),  # C.4 has no figures: ours
+    "vit": dict(arch="vit-tiny", encode="whole", head_hidden=4096, dim=256, predictor_hidden=4096)
+    | dict(epochs=300, optimizer="adamw", lr=1.5e-4 * 512 / 256, weight_decay=0.1, clip=0.0)
+    | dict(warmup_epochs=40.0, warmup_start=0.0),  # MoCo v3, sec. 5, and its authors' code
 }
 
 

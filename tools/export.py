@@ -3,12 +3,13 @@
     python tools/export.py runs/moco/pretrain.pt --to torchvision encoder.pth
     python tools/export.py runs/moco/pretrain.pt --to detectron2 encoder.pkl
 
-torchvision   a state dict for torchvision.models.resnet18 (or 34, 50), without fc
+torchvision   a state dict for torchvision.models.resnet18 (or 34, 50), without fc; of vit-tiny for
+              torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768), without heads
 detectron2    {"model": {name: array}, ...}, for MODEL.WEIGHTS of a ResNet of as many layers
 
-Their first convolution is 7x7, ours 3x3. `--stem pad` (the default for detectron2) pads ours with
-zeros, so that it fits an unmodified model; `--stem keep` leaves it as it is, for a model whose
-conv1 is replaced by nn.Conv2d(3, width, 3, padding=1, bias=False): see docs/transfer.md.
+The first convolution of their ResNets is 7x7, ours 3x3. `--stem pad` (the default for detectron2)
+pads ours with zeros, so that it fits an unmodified model; `--stem keep` leaves it as it is, for a
+model whose conv1 is replaced by nn.Conv2d(3, width, 3, padding=1, bias=False): docs/transfer.md.
 """
 
 import argparse
@@ -68,11 +69,15 @@ def main(argv=None):
     parser.add_argument("checkpoint", type=Path, help="pretrain.pt or linear.pt, of any method")
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--to", required=True, choices=["torchvision", "detectron2"])
-    parser.add_argument("--stem", choices=["keep", "pad"], help="of the first convolution")
+    parser.add_argument("--stem", choices=["keep", "pad"], help="of a ResNet's first convolution")
     args = parser.parse_args(argv)
     stem = args.stem or ("pad" if args.to == "detectron2" else "keep")
     try:
         checkpoint = load_checkpoint(args.checkpoint)
+        if checkpoint["arch"] == "vit-tiny" and (args.to, stem) != ("torchvision", "keep"):
+            raise UserError(
+                f"{args.checkpoint}: a vit-tiny goes --to torchvision, with --stem keep"
+            )
         write_atomic(args.out, export(checkpoint, args.to, stem))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
