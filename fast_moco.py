@@ -1061,9 +1061,9 @@ class Run:
         a result would depend on when a state was saved.
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        statistics = [b for m in norms for b in (m.running_mean, m.running_var)]
-        sum_over_processes(statistics)
-        torch._foreach_div_(statistics, process_count())
+        if statistics := [b for m in norms for b in (m.running_mean, m.running_var)]:
+            sum_over_processes(statistics)
+            torch._foreach_div_(statistics, process_count())
 
     def check_clock(self):
         """Between steps: is it time to save, or to stop?"""
