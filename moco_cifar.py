@@ -953,6 +953,8 @@ class Run:
         if self.signal:  # the second time
             raise UserError("stopped at once; the same command resumes from the last save", 130)
         self.signal = number
+        if self.is_main:
+            print("stopping after this step; a second time stops at once", flush=True)
 
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
@@ -1057,7 +1059,7 @@ def parse_config(argv=None):
         parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
-    lines = SOURCE.partition("class Config:")[2].partition("\n\n\n")[0]
+    lines = SOURCE.rpartition("class Config:\n")[2].partition("\n\n\n")[0]
     for title, name, text in re.findall(line, lines, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
@@ -1134,7 +1136,6 @@ def main(argv=None):
     return code
 
 
-if __name__ == "__main__":
-    code = main()
-    if code and "__file__" in globals():  # a notebook stays open
-        sys.exit(code)
+if __name__ == "__main__" and (code := main()):
+    UserError._render_traceback_ = lambda error: [str(error)]  # in a notebook: not a traceback
+    raise SystemExit(code) if "__file__" in globals() else UserError("see the error above", code)

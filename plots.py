@@ -694,7 +694,6 @@ def main(argv=None):
     return 0
 
 
-if __name__ == "__main__":
-    code = main()
-    if code and "__file__" in globals():  # a notebook stays open
-        sys.exit(code)
+if __name__ == "__main__" and (code := main()):
+    UserError._render_traceback_ = lambda error: [str(error)]  # in a notebook: not a traceback
+    raise SystemExit(code) if "__file__" in globals() else UserError("see the error above", code)
