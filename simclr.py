@@ -771,10 +771,8 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            print(
-                f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch",
-                flush=True,
-            )
+            steps = f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} an epoch"
+            print(steps, flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 
     def take_folder(self):
@@ -966,7 +964,8 @@ class Run:
             with contextlib.suppress(OSError):  # write() decides what a full disk means
                 self.log()
             text += f", {row['seconds'] / epoch * left / 60:.1f} min left" if left else ""
-            self.bar.write(f"epoch {epoch}/{config.epochs}: {text}")
+            brief = left and "knn_top1" not in row and sys.argv[0].endswith("kernel_launcher.py")
+            self.bar.write(f"epoch {epoch}/{config.epochs}: {text}", end="  \r" if brief else "\n")
         if config.keep_every and epoch % config.keep_every == 0 and left:
             self.save(f"epoch{epoch:04d}.pt")
 
