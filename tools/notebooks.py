@@ -308,8 +308,9 @@ def parts_of(source):
     """The text of a script without its docstring -> the title and code of each part: the cells of
     the lesson, then what is below a banner. The last is the plumbing, without the call of main().
     """
-    body = source.partition('"""\n\n')[2].partition('\nif __name__ == "__main__":')[0]
-    lesson, _, plumbing = body.partition("# ---- plumbing")
+    body, call, _ = source.partition('"""\n\n')[2].partition('\nif __name__ == "__main__"')
+    lesson, banner, plumbing = body.partition("# ---- plumbing")
+    assert banner and call  # or main() would run in the plumbing's cell
     parts = []
     for part in re.split(r"^(?=# %%|# ---- )", lesson, flags=re.MULTILINE)[1:]:
         title, _, code = part.partition("\n")
@@ -354,7 +355,8 @@ def notebook(script, source):
     for title, code in (*parts, (banner, plumbing)):
         folded, title = title.startswith("# ----"), title.strip("#%- ") or "Imports"
         name = title.partition(":")[0].partition(". ")[0]
-        add(name, heading(title), "markdown")
+        note = "\n\nData, checkpoints, devices, flags. Run it and read on." * (code == plumbing)
+        add(name, heading(title) + note, "markdown")
         if folded:
             form = re.split(r",| \(", title)[0]  # what is seen of the folded cell
             form = f'# @title {form[0].upper()}{form[1:]} {{ display-mode: "form" }}'
