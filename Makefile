@@ -45,7 +45,7 @@ pretrain = $(call option,--recipe,$(RECIPE))--data '$(DATA)' $(call option,--epo
 seed_and_out = --seed $(SEED) --out $(@D) $(ARGS)
 
 ##@ Run
-.PHONY: help demo cifar-moco cifar-simclr cifar-fast-moco figures bench test test-long check diff sync clean distclean
+.PHONY: help demo cifar-moco cifar-simclr cifar-fast-moco figures bench test test-long check diff sync notebooks clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z0-9%-]+:.*## / {sub("%", "NAME", $$1); printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,6 +126,9 @@ diff:  ## how the methods of two scripts differ: A=moco_cifar B=fast_moco
 
 sync: | $(READY)  ## make the copies in the scripts identical again
 	$(PYTHON) tools/copies.py --fix
+
+notebooks: | $(READY)  ## write notebooks/*.ipynb from the scripts
+	$(PYTHON) tools/notebooks.py
 
 clean:  ## remove figures and caches; runs and data stay
 	rm -rf figures .pytest_cache .ruff_cache __pycache__ */__pycache__

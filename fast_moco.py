@@ -424,6 +424,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale_image as grays
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
+NOTEBOOK = sys.argv[0].endswith("kernel_launcher.py")
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
@@ -431,7 +432,9 @@ class UserError(Exception):
     """Ends the script with one line on standard error and an exit code (2: the user can fix it)."""
 
     def __init__(self, message, code=2):
-        super().__init__(" ".join(str(message).split()))
+        message = " ".join(str(message).split())
+        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
+        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
         self.code = code
 
 
@@ -1015,6 +1018,8 @@ class Run:
         if self.signal:  # the second time
             raise UserError("stopped at once; the same command resumes from the last save", 130)
         self.signal = number
+        with contextlib.suppress(RuntimeError):  # raised if it interrupts another print
+            print("stopping after this step; a second time stops at once", flush=True)
 
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
@@ -1048,7 +1053,8 @@ class Run:
         self.save("pretrain.pt")
         if self.is_main:
             for name in ("last.pt", "prev.pt"):
-                (self.out / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the run is complete
+                    (self.out / name).unlink()
             print(f"next: python linear_eval.py {shlex.quote(str(self.out))}")
 
     def record(self, loss):
@@ -1103,7 +1109,9 @@ class Run:
             with contextlib.suppress(OSError):  # write() decides what a full disk means
                 self.log()
             text = f", {row['seconds'] / epoch * left / 60:.1f} min left" if left else ""
-            self.bar.write(f"{describe_epoch(row, config.epochs)}{text}")
+            # in a notebook lines without an accuracy replace each other, or they would fill it
+            end = "  \r" if left and "knn_top1" not in row and NOTEBOOK else "\n"
+            self.bar.write(f"{describe_epoch(row, config.epochs)}{text}", end=end)
             self.warn()
         if config.keep_every and epoch % config.keep_every == 0 and left:
             self.save(f"epoch{epoch:04d}.pt")
@@ -1144,7 +1152,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv=None):
     """Config from the command line; in a notebook, which has none, Config as it stands"""
-    if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
+    if argv is None and NOTEBOOK:
         return check_config(Config())
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -1152,7 +1160,7 @@ def parse_config(argv=None):
         parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
-    lines = SOURCE.partition("class Config:")[2].partition("\n\n\n")[0]
+    lines = SOURCE.rpartition("class Config:\n")[2].partition("\n\n\n")[0]
     for title, name, text in re.findall(line, lines, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
@@ -1226,7 +1234,6 @@ def main(argv=None):
     return code
 
 
-if __name__ == "__main__":
-    code = main()
-    if code and "__file__" in globals():  # a notebook stays open
-        sys.exit(code)
+if __name__ == "__main__" and (code := main()):
+    UserError._render_traceback_ = lambda error: [str(error)]  # in a notebook: not a traceback
+    raise SystemExit(code) if "__file__" in globals() else UserError("see the error above", code)

@@ -223,6 +223,7 @@ from torch.utils.collect_env import run as ask
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
+NOTEBOOK = sys.argv[0].endswith("kernel_launcher.py")
 SOURCE = Path(__file__).read_text() if "__file__" in globals() else globals().get("In", [""])[-1]
 
 
@@ -230,7 +231,9 @@ class UserError(Exception):
     """Ends the script with one line on standard error and an exit code (2: the user can fix it)."""
 
     def __init__(self, message, code=2):
-        super().__init__(" ".join(str(message).split()))
+        message = " ".join(str(message).split())
+        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
+        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
         self.code = code
 
 
@@ -489,7 +492,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv=None):
     """Config from the command line; in a notebook, which has none, Config as it stands"""
-    if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
+    if argv is None and NOTEBOOK:
         return check_config(Config())
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -497,7 +500,7 @@ def parse_config(argv=None):
         parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
     fields = {field.name: field for field in dataclasses.fields(Config)}
     line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
-    lines = SOURCE.partition("class Config:")[2].partition("\n\n\n")[0]
+    lines = SOURCE.rpartition("class Config:\n")[2].partition("\n\n\n")[0]
     for title, name, text in re.findall(line, lines, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
@@ -603,7 +606,6 @@ def main(argv=None):
     return code
 
 
-if __name__ == "__main__":
-    code = main()
-    if code and "__file__" in globals():  # a notebook stays open
-        sys.exit(code)
+if __name__ == "__main__" and (code := main()):
+    UserError._render_traceback_ = lambda error: [str(error)]  # in a notebook: not a traceback
+    raise SystemExit(code) if "__file__" in globals() else UserError("see the error above", code)

@@ -22,7 +22,6 @@ The last three need tools/report.py. In a notebook, paste this file into a cell 
 
 # %%
 import dataclasses
-import difflib
 import itertools
 import math
 
@@ -404,6 +403,7 @@ def draw_image(axes, row, column, image, above="", below="", frame=None):
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
+import difflib
 import importlib
 import json
 import os
@@ -420,13 +420,16 @@ from matplotlib.figure import Figure
 METHODS = {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "stl10": "STL-10"}
 BASELINES = {"pixels": "raw pixels", "random": "untrained encoder"}
+NOTEBOOK = sys.argv[0].endswith("kernel_launcher.py")
 
 
 class UserError(Exception):
     """Ends the script with one line on standard error and an exit code (2: the user can fix it)."""
 
     def __init__(self, message, code=2):
-        super().__init__(" ".join(str(message).split()))
+        message = " ".join(str(message).split())
+        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
+        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
         self.code = code
 
 
@@ -656,7 +659,7 @@ def save_figure(figure, path):
     figure.set_layout_engine("none")
     figure.savefig(f"{path}.pdf", metadata={"CreationDate": None})
     figure.savefig(f"{path}.png", dpi=160)
-    if sys.argv[0].endswith("kernel_launcher.py"):
+    if NOTEBOOK:
         display(SimpleNamespace(_repr_png_=Path(f"{path}.png").read_bytes))  # noqa: F821
 
 
@@ -671,7 +674,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(argv=None):
     """Config from the command line; in a notebook, which has none, Config as it stands"""
-    if argv is None and sys.argv[0].endswith("kernel_launcher.py"):
+    if argv is None and NOTEBOOK:
         return Config()
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -698,7 +701,6 @@ def main(argv=None):
     return 0
 
 
-if __name__ == "__main__":
-    code = main()
-    if code and "__file__" in globals():  # a notebook stays open
-        sys.exit(code)
+if __name__ == "__main__" and (code := main()):
+    UserError._render_traceback_ = lambda error: [str(error)]  # in a notebook: not a traceback
+    raise SystemExit(code) if "__file__" in globals() else UserError("see the error above", code)
