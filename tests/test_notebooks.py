@@ -20,7 +20,7 @@ from tools import notebooks
 TINY_RUN = {  # a pretraining script's defaults -> what they are changed to in the text
     'data: str = "cifar10"': 'data: str = "data.npz"',
     "image_size: int = 32": "image_size: int = 16",
-    '= "resnet18"  # the': '= "resnet8"  # the',
+    '] = "resnet18"': '] = "resnet8"',
     "width: int = 64": "width: int = 4",
     "epochs: int = 200": "epochs: int = 1",
     "batch_size: int = 512": "batch_size: int = 40",
@@ -220,7 +220,7 @@ def test_an_error_of_the_pasted_cell_ends_run_all(pasted):
     start = data.index('"')
     text = pasted.text.replace(data, data[:start] + '"nowhere.npz"' + data[data.rindex('"') + 1 :])
     seen = pasted(text, fails=True)
-    assert seen.stderr.startswith("error: --data nowhere.npz")
+    assert seen.stderr.startswith("error: Config.data nowhere.npz")
     assert len(seen.stderr.splitlines()) == 1 and seen.error == STOPPED
     assert pasted("print(6 * 7)").stdout == "42\n"
 
