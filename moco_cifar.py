@@ -310,7 +310,7 @@ def memory_bank(model, im_q, im_k, rows):
 
 
 def end_to_end(model, im_q, im_k, rows):
-    """Figure 2a: queries and keys both learn; negatives are the batch's other keys, N - 1 of them"""
+    """Figure 2a: queries and keys both learn; the negatives are the N - 1 other keys of a batch."""
     q = gather(unit(model.encoder_q(im_q)))  # (N, C)
     k = model.encode_shuffled(model.encoder_q, im_k)  # (N, C), with gradient
     with torch.autocast(q.device.type, enabled=False):

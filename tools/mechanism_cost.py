@@ -1,11 +1,11 @@
 """Peak memory and time of a training step of MoCo's three mechanisms (Figure 2), batch by batch.
 
-    python tools/mechanism_cost.py               # ResNet-18, until a step would need more than 8 GB
-    python tools/mechanism_cost.py --width 16 --batch-size 64 1024          # for a CPU
+    python tools/mechanism_cost.py             # ResNet-18, up to what would need more than 8 GB
 
 All have N - 1 negatives, as many as end-to-end finds in a batch of N; the last row is MoCo with the
-paper's queue. Each row has a process of its own, run by bench.py's means. Memory: on CUDA, the most
-that tensors took; otherwise the most that the process held, less what it held before training.
+paper's queue. Each row is measured in a process of its own, by bench.py's means. Memory: on CUDA,
+the most that tensors took; otherwise the most that the process held, less what it began with. What
+would need more than --cap is not run: its memory is estimated as twice that of half the batch.
 """
 
 import argparse
@@ -14,103 +14,86 @@ import io
 import json
 import re
 import statistics
+import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import bench
 import numpy as np
 import torch
 
-# "Review - MoCo v2": ImageNet, ResNet-50, 8 V100; the last is the review's own estimate
-REVIEW = {("moco", 256): "5.0 GB, 53 h", ("end-to-end", 256): "7.4 GB, 65 h"}
-REVIEW |= {("end-to-end", 4096): "93 GB, estimated"}
-COLUMNS = ["mechanism", "batch_size", "negatives", "memory_gb", "seconds_per_step", "review"]
+COLUMNS = "mechanism batch_size negatives memory_gb seconds_per_step".split()
+REVIEW = """
+"Review - MoCo v2", ImageNet, ResNet-50, 8 V100: MoCo, batch 256: 5.0 GB, 53 h; end-to-end, batch
+256: 7.4 GB, 65 h; end-to-end, batch 4096: 93 GB, estimated."""
 
 
-def perform(conn, options, settings):
-    """What the process of a row does: train, on bench.py's orders."""
-    try:
-        conn.send({"bytes": bench.peak_memory(torch.device(options.device))})
-        moco, config = bench.configure("moco", options, **settings)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            bench.ours(moco, config, conn)
-    except Exception as error:
-        conn.send({"trouble": str(error).splitlines()[0]})
+class Orders(list):
+    """bench.py's loop takes its orders here and leaves its answers: it is ready, then each step."""
+
+    def __init__(self, steps):
+        self.recv, self.send = iter([("step", 1)] * steps + [None]).__next__, self.append
 
 
-class Measurement(bench.Variant):
-    def __init__(self, *args):
-        self.who, (self.conn, other) = "this row", bench.CONTEXT.Pipe()
-        self.process = bench.CONTEXT.Process(target=perform, args=(other, *args))
-        self.process.start()
-        other.close()
-
-
-def measure(options, **settings):
-    with contextlib.closing(Measurement(options, settings)) as order:
-        before, _, _ = order()["bytes"], order(), order("step", 1)  # warms up
-        answers = [order("step", 1) for _ in range(options.steps)]
+def measure(options, settings):
+    moco, config = bench.configure("moco", options, **settings)
+    before, answers = bench.peak_memory(torch.device("cpu")), Orders(1 + options.steps)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        bench.ours(moco, config, answers)
+    _, _, *answers = answers  # the first step warms up
+    before = 0 if torch.cuda.is_initialized() else before
     seconds = statistics.median(answer["seconds"] for answer in answers)
-    return dict(memory_gb=(answers[-1]["bytes"] - before) / 1e9, seconds_per_step=seconds)
-
-
-def rows_of(mechanism, sizes, options, folder, negatives=None):
-    """One row per batch size, until memory ends"""
-    need = 0
-    for size in sizes:
-        row = dict(mechanism=mechanism, batch_size=size, negatives=negatives or size - 1)
-        row["review"] = REVIEW.get((mechanism, size), "") if not negatives else ""
-        settings = dict(mechanism=mechanism, batch_size=size, queue_size=row["negatives"])
-        settings |= dict(device=options.device, data=f"{folder}/noise.npz", out=f"{folder}/run")
-        try:
-            if need > options.cap:
-                raise bench.Trouble(f"stopped: would need about {need:.1f} GB")
-            row |= measure(options, **settings)
-        except bench.Trouble as error:
-            yield row | dict(memory_gb=str(error))
-            return
-        need = row["memory_gb"] * 2
-        yield row
-
-
-def cells(row):
-    numbers = {name: f"{row[name]:.2f}" for name in row if isinstance(row[name], float)}
-    return f"| {' | '.join(str((row | numbers).get(name, '')) for name in COLUMNS)} |"
+    return {"memory_gb": (answers[-1]["bytes"] - before) / 1e9, "seconds_per_step": seconds}
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    add = parser.add_argument
-    add("--batch-size", type=int, nargs=2, default=[256, 4096], help="first, last [256 4096]")
-    add("--arch", choices="resnet18 resnet34 resnet50 resnet8".split(), default="resnet18")
-    add("--width", type=int, default=64, help="channels of the first stage [64]")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--cap", type=float, default=8, help="stop before a step that would need more GB [8]")
-    add("--steps", type=int, default=3, help="to time, after one to warm up [3]")
-    add("--json", type=Path, help="where the rows go [results/mechanism-cost-<machine>.json]")
-    options = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--batch-size", type=int, nargs=2, default=[256, 4096], help="first, last")
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--cap", type=float, default=8, help="GB that a step may need")
+    parser.add_argument("--steps", type=int, default=3, help="to time, after one to warm up")
+    parser.add_argument("--json", type=Path, help="not results/mechanism-cost-<machine>.json")
+    options, rows = parser.parse_args(argv), []
     first, last = options.batch_size
-    sizes = [first * 2**i for i in range(20) if first * 2**i <= last]
     moco, config = bench.configure("moco", options, device=options.device, batch_size=first)
-    device, dtype = moco.start_device(config)
-    options.device, machine = str(device), moco.describe_machine(device, dtype, 0)
-    rows = []
-    print("|".join(["", *COLUMNS, ""]), "|".join(["", *["---"] * len(COLUMNS), ""]), sep="\n")
+    machine = moco.describe_machine(*moco.start_device(config), 0)
+    sizes = [first * 2**i for i in range(20) if first * 2**i <= last]
+    plan = [(name, n, n - 1) for name in ("moco", *moco.MECHANISMS) for n in sizes]
+    print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|")
     with tempfile.TemporaryDirectory() as folder:
         x, y = np.random.randint(0, 256, (last, 32, 32, 3), np.uint8), np.zeros(last, int)
         np.savez(f"{folder}/noise.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
-        plans = [(name, sizes) for name in ("moco", *moco.MECHANISMS)]
-        for mechanism, some, *negatives in [*plans, ("moco", sizes[:1], 65_536)]:
-            for row in rows_of(mechanism, some, options, folder, *negatives):
-                print(cells(row), flush=True)
-                rows.append(row)
+        images = dict(data=f"{folder}/noise.npz", out=f"{folder}/run", device=options.device)
+        for mechanism, size, negatives in [*plan, ("moco", first, 65_536)]:
+            row = dict(mechanism=mechanism, batch_size=size, negatives=negatives, measured=False)
+            row["memory_gb"] = 2 * rows[-1]["memory_gb"] if size > first else 0
+            try:
+                if row["memory_gb"] > options.cap:
+                    raise MemoryError(f"stopped, an estimate: more than {options.cap:g} GB")
+                settings = images | dict(mechanism=mechanism, batch_size=size, queue_size=negatives)
+                with ProcessPoolExecutor(1, bench.CONTEXT) as pool:
+                    row |= pool.submit(measure, options, settings).result() | dict(measured=True)
+            except (MemoryError, RuntimeError) as error:  # the latter if the process was killed
+                row["seconds_per_step"] = str(error).splitlines()[0]
+            rows.append(row)
+            cells = [f"{v:.2f}" if isinstance(v := row[name], float) else v for name in COLUMNS]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print(REVIEW)
     name = re.sub(r"[^a-z0-9]+", "-", machine["device"].partition(" ")[2].lower()).strip("-")
     path = options.json or bench.ROOT / "results" / f"mechanism-cost-{name}.json"
-    settings = dict(arch=options.arch, width=options.width, cap=options.cap, steps=options.steps)
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "device")}
     result = dict(schema=1, kind="mechanism-cost", machine=machine, settings=settings, rows=rows)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if type(error).__name__ not in bench.ONE_LINE:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
