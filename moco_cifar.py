@@ -70,6 +70,7 @@ class Config:
     key_momentum: float = 0.99  # m of the moving average (Eq. 2); 0.999 in the paper, on ImageNet
     temperature: float = 0.1  # T of the softmax (Eq. 1)
     bn_splits: int = 8  # batch-norm groups per batch, one per imitated GPU; 1: ordinary batch norm
+    shuffle: bool = True  # shuffle keys between the groups (ShuffleBN, sec. 3.3)
     symmetric: bool = False  # add the loss with the two views exchanged
     # -- optimisation
     epochs: int = 200  # passes over the training images
@@ -243,9 +244,9 @@ class MoCo(nn.Module):
 
     def encode_shuffled(self, encoder, images):
         """ShuffleBN (sec. 3.3): a key meets other images in its batch-norm group than its query."""
-        images = gather(images)
-        shuffle = torch.randperm(len(images), device=images.device)
-        return gather(unit(encoder(shard(images[shuffle]))))[shuffle.argsort()]  # (N, C)
+        draw = torch.randperm if self.config.shuffle else torch.arange
+        order = draw(self.config.batch_size, device=images.device)  # of the whole batch
+        return gather(unit(encoder(shard(gather(images)[order]))))[order.argsort()]  # (N, C)
 
     def contrast(self, im_q, im_k):
         """-> loss of the queries of im_q against the keys of im_k and the queue; the keys (N, C)"""
@@ -312,9 +313,7 @@ def memory_bank(model, im_q, im_k, rows):
 
 
 def end_to_end(model, im_q, im_k, rows):
-    """Figure 2a: queries and keys both learn, and the negatives are the batch's other keys: as many
-    as fit into memory.
-    """
+    """Figure 2a: queries and keys both learn; the negatives are the N - 1 other keys of a batch."""
     q = gather(unit(model.encoder_q(im_q)))  # (N, C)
     k = model.encode_shuffled(model.encoder_q, im_k)  # (N, C), with gradient
     with torch.autocast(q.device.type, enabled=False):

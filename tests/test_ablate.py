@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import ablate  # noqa: E402
 import ablations  # noqa: E402
+import mechanism_cost  # noqa: E402
 
 # stands for each of the scripts: notes its start and its end, takes `seconds` for the work, writes
 # what that script would write, stops at SIGTERM; settings that the file `fail` names fail
@@ -271,6 +273,11 @@ def test_figures_of_the_papers(name, setting, figure):
     assert ablations.printed_for(name, setting) == figure
 
 
+def test_yes_and_no_become_flags():
+    assert ablate.flags(dict(shuffle=True, bn_splits=8)) == ["--shuffle", "--bn-splits", "8"]
+    assert ablate.flags(dict(shuffle=False)) == ["--no-shuffle"]
+
+
 def test_the_learning_rate_follows_the_batch_size():
     rates = {}
     for script, *argv in commands("batch-simclr", "shapes"):
@@ -294,3 +301,39 @@ def test_an_unknown_name_is_refused_with_the_names():
     argv = [sys.executable, "tools/ablate.py", "nothing"]
     process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and "temperature" in process.stderr
+
+
+# what the mechanisms cost
+TINY = "--arch resnet8 --width 4 --device cpu --steps 1 --batch-size 16 32 --cap".split()
+SIZES = [(name, n, n - 1) for name in ("moco", "memory-bank", "end-to-end") for n in (16, 32)]
+
+
+@pytest.fixture
+def cost(tmp_path, capsys):
+    """cost(cap) -> the rows of the tiniest table, and the Markdown"""
+
+    def run(cap):
+        mechanism_cost.main([*TINY, str(cap), "--json", str(tmp_path / "cost.json")])
+        rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+        what = [(row["mechanism"], row["batch_size"], row["negatives"]) for row in rows]
+        assert what == [*SIZES, ("moco", 16, 65_536)]
+        return rows, capsys.readouterr().out
+
+    return run
+
+
+def test_the_cost_of_each_mechanism_at_each_batch_size(cost):
+    rows, text = cost(8)
+    assert all(row["measured"] and row["seconds_per_step"] > 0 for row in rows)
+    *_, with_queue = rows
+    keys = 4 * 128 * 65_536 / 1e9  # of the paper's queue; one more copy of them is made
+    assert with_queue["memory_gb"] - rows[0]["memory_gb"] > 0.9 * keys
+    assert f"| moco | 16 | 65536 | {with_queue['memory_gb']:.2f} |" in text and "93 GB" in text
+
+
+def test_what_needs_too_much_memory_is_an_estimate(cost):
+    rows, text = cost(1e-6)
+    assert [row["measured"] for row in rows] == 3 * [True, False] + [True]
+    for first, second in zip(rows[:-1:2], rows[1::2]):
+        assert second["memory_gb"] == 2 * first["memory_gb"]
+    assert text.count("stopped, an estimate") == 3

@@ -312,6 +312,13 @@ def test_with_two_groups_a_key_meets_other_images(shuffled):
     assert (keys - keys_2).norm(dim=1).min() > 1e-3
 
 
+def test_without_the_shuffle_a_key_meets_the_images_of_its_query(spy):
+    calls, model, (im_q, im_k) = spy(torch, "randperm"), build(shuffle=False).double(), views()
+    right = F.normalize(copy.deepcopy(model.encoder_k)(im_k), dim=1)  # groups as they come
+    close(model(im_q, im_k)[1], right, 1e-12)
+    assert not calls
+
+
 def test_the_shuffle_is_another_each_time(spy):
     calls, model = spy(torch, "randperm"), build(batch_size=32).double()
     for _ in range(3):

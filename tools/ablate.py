@@ -28,9 +28,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def flags(settings):
-    """{"bn_splits": 8} -> ["--bn-splits", "8"]"""
-    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items())
-    return [*itertools.chain(*pairs)]
+    """{"bn_splits": 8, "shuffle": False} -> ["--bn-splits", "8", "--no-shuffle"]"""
+    words = []
+    for name, value in settings.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def slug(*words):

@@ -51,6 +51,8 @@ KEYS = 63, 255, 1023  # the negatives that end-to-end has in batches of 64, 256 
 MECHANISMS = [dict(mechanism=m, queue_size=k) for m in ("moco", "memory-bank") for k in KEYS]
 MECHANISMS += [dict(mechanism="end-to-end", batch_size=n) for n in (64, 256, 1024)]
 
+GROUPS = dict(batch_size=32)  # 8 groups of 4 images: the smaller, the more a group gives away
+
 OPERATIONS = ["crop", "flip", "color", "gray", "blur"]
 HUANG = {"crop,flip,color,gray,blur": 89.8, "crop,color,gray,blur": 88.5, "crop,gray,blur": 83.5}
 HUANG |= {"crop,blur": 63.2}
@@ -89,9 +91,10 @@ ABLATIONS = {
     ),
     "shuffle": ablation(
         "moco_cifar.py",
-        "ShuffleBN: groups of the batch for batch norm",
+        "ShuffleBN: batch norm over the batch, and over 8 groups with and without shuffling",
         "MoCo, Figure A.1: drawn only",
-        dict(bn_splits=[1, 8]),
+        [GROUPS | dict(shuffle=s, bn_splits=n) for s, n in ((True, 1), (True, 8), (False, 8))],
+        fields=["shuffle", "bn_splits"],
     ),
     "queue": ablation(
         "moco_cifar.py",
