@@ -129,6 +129,7 @@ sync: | $(READY)  ## make the copies in the scripts identical again
 
 notebooks: | $(READY)  ## write notebooks/*.ipynb from the scripts
 	$(PYTHON) tools/notebooks.py
+	$(PYTHON) tools/lesson.py
 
 clean:  ## remove figures and caches; runs and data stay
 	rm -rf figures .pytest_cache .ruff_cache __pycache__ */__pycache__

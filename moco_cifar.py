@@ -208,18 +208,6 @@ def momentum_update(encoder_q, encoder_k, m):
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
-def check_method(config):
-    """UserError if the method's settings don't go together."""
-    size, splits, n = config.batch_size, config.bn_splits, process_count()
-    if size % splits or size < 2 * splits or splits % n:
-        near = f"--batch-size {max(2, size // splits) * splits}, or --bn-splits {n}"
-        raise UserError(f"--batch-size {size} must be 2, 3, ... times --bn-splits {splits}: {near}")
-    if config.symmetric and config.mechanism != "moco":
-        raise UserError(f"--symmetric: --mechanism {config.mechanism} has no second loss")
-    if config.arch == "vit-tiny" and (config.image_size, splits) != (32, n):
-        raise UserError(f"--arch vit-tiny needs --image-size 32 --bn-splits {n}: no batch norm")
-
-
 class MoCo(nn.Module):
     """Algorithm 1. Both encoders are a backbone and a head; encoder_k starts as a copy.
 
@@ -322,6 +310,18 @@ def end_to_end(model, im_q, im_k, rows):
 
 
 MECHANISMS = {"memory-bank": memory_bank, "end-to-end": end_to_end}
+
+
+def check_method(config):
+    """UserError if the method's settings don't go together."""
+    size, splits, n = config.batch_size, config.bn_splits, process_count()
+    if size % splits or size < 2 * splits or splits % n:
+        near = f"--batch-size {max(2, size // splits) * splits}, or --bn-splits {n}"
+        raise UserError(f"--batch-size {size} must be 2, 3, ... times --bn-splits {splits}: {near}")
+    if config.symmetric and config.mechanism != "moco":
+        raise UserError(f"--symmetric: --mechanism {config.mechanism} has no second loss")
+    if config.arch == "vit-tiny" and (config.image_size, splits) != (32, n):
+        raise UserError(f"--arch vit-tiny needs --image-size 32 --bn-splits {n}: no batch norm")
 
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
