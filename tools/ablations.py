@@ -20,18 +20,21 @@ SCALES = {
 }
 
 
-def ablation(script, title, source, grid, printed=(), fields=None, labels=(1,), full=()):
+def ablation(
+    script, title, source, grid, printed=(), fields=None, labels=(1,), full=(), loss=False
+):
     """source: where the printed figures are from. grid: the settings of each run, or the values to
     combine; epochs are multiples of the scale's, and the learning rate follows the batch size.
     printed: a figure in % for each run, or None. fields: the settings that tell runs apart, by
     default all. labels: shares of the labels to train probes on. full: changes at scale full.
+    loss: is the loss of the settings comparable?
     """
     if isinstance(grid, dict):
         grid = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     fields = fields or [*grid[0]]
     printed = {tuple(s[f] for f in fields): p for s, p in zip(grid, printed) if p is not None}
     entry = dict(script=script, title=title, source=source, fields=fields, grid=grid)
-    return entry | dict(printed=printed, labels=labels, full=dict(full))
+    return entry | dict(printed=printed, labels=labels, full=dict(full), loss=loss)
 
 
 def printed_for(name, setting, shortest=1):
@@ -94,7 +97,8 @@ ABLATIONS = {
         "ShuffleBN: batch norm over the batch, and over 8 groups with and without shuffling",
         "MoCo, Figure A.1: drawn only",
         [GROUPS | dict(shuffle=s, bn_splits=n) for s, n in ((True, 1), (True, 8), (False, 8))],
-        fields=["shuffle", "bn_splits"],
+        fields=["bn_splits", "shuffle"],
+        loss=True,
     ),
     "queue": ablation(
         "moco_cifar.py",

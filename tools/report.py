@@ -88,7 +88,8 @@ def mean_history(runs):
 def measured(run):
     """-> {what: its value}, in percent and minutes, of what was measured"""
     knn, last = knn_of(run).get("top1"), run.history[-1] if run.history else {}
-    found = {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
+    found = {"loss (nats)": last["loss"]} if "loss" in last else {}
+    found |= {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
     for e in run.evaluations.values():
         if (e.mode, e.init) == ("probe", "pretrained") and e.result:
             few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
@@ -96,10 +97,11 @@ def measured(run):
     return found | ({"minutes": last["seconds"] / 60} if "seconds" in last else {})
 
 
-def columns_of(groups):
-    """What was measured in any run: k-NN, probes, minutes"""
+def columns_of(name, groups):
+    """What was measured in any run: the loss if it is comparable, k-NN, probes, minutes"""
     found = {key for run in sum(groups.values(), []) for key in measured(run)}
-    return sorted(found, key=lambda key: ("kpm".index(key[0]), len(key)))
+    found -= set() if ABLATIONS[name]["loss"] else {"loss (nats)"}
+    return sorted(found, key=lambda key: ("lkpm".index(key[0]), len(key)))
 
 
 def spread(runs, key):
@@ -149,14 +151,16 @@ def label_of(setting):
         name = plots.FRAMEWORKS[framework].removesuffix(" (ctr)")
         name += ", AdamW" * (optimizer == "adamw")
         return name + {"whole": "", "divide-combine": " + patches"}.get(encode, f", {encode}")
-    return ", ".join(map(plain, setting))
+    shuffled = {True: "shuffled", False: "not shuffled"}
+    return ", ".join(shuffled[v] if isinstance(v, bool) else plain(v) for v in setting)
 
 
 def draw_ablation_figure(name, groups):
     """What each setting is worth, and what it costs: curves over numbers and stages, or bars"""
-    fields, paper, keys = ABLATIONS[name]["fields"], paper_figures(name, groups), columns_of(groups)
+    fields, paper = ABLATIONS[name]["fields"], paper_figures(name, groups)
+    keys = columns_of(name, groups)
     ticks = [*dict.fromkeys(setting[-1] for setting in groups)]
-    curves = name == "stage" or all(isinstance(v, int | float) for v in ticks)
+    curves = name == "stage" or {*map(type, ticks)} <= {int, float}  # bool is neither
     height = 4.2 if curves else 2.2 + 0.35 * len(groups)
     figure = new_figure(ABLATIONS[name]["title"], 3.6 * len(keys) + 1, height)
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
@@ -195,7 +199,7 @@ def draw_ablation_figure(name, groups):
 def ablation_table(name, groups):
     """The same as Markdown, beside what the paper prints, and how it was measured"""
     runs, paper, rows = sum(groups.values(), []), paper_figures(name, groups), []
-    keys = columns_of(groups)
+    keys = columns_of(name, groups)
     means = {k: {s: (spread(some, k) or [None])[0] for s, some in groups.items()} for k in keys}
     for setting, some in groups.items():
         cells = [label_of(setting), len(some)]
