@@ -1,6 +1,7 @@
 """Figures and tables: which are drawn, from what, and what they show."""
 
 import dataclasses
+import html.parser
 import importlib.util
 import json
 import math
@@ -24,6 +25,7 @@ import simclr
 
 sys.path.insert(0, str(ROOT / "tools"))
 import report
+import webpage
 
 ALL = {"pretraining", "diagram", "pairs", "map", "neighbours", "probe", "classes", "along"}
 DATA = dict(name="cifar10", image_size=8, n_train=5000, n_test=1000, mean=[0.5] * 3, std=[0.2] * 3)
@@ -118,7 +120,7 @@ def light(monkeypatch):
 
     def save(figure, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(f"{path.name}.png").touch()
+        Image.new("RGB", (40, 10)).save(f"{path}.png")
 
     monkeypatch.setattr(plots, "save_figure", save)
 
@@ -250,7 +252,7 @@ def test_alone_in_a_folder(finished, tmp_path, refused, capsys, monkeypatch):
 def test_report_from_the_command_line(craft, tmp_path):
     argv = [sys.executable, ROOT / "plots.py", craft(simclr, "a"), "--report"]
     assert subprocess.run(argv, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "figures/report.md").exists()
+    assert (tmp_path / "figures/report.html").exists()
 
 
 def test_pairs_mark_false_negatives(finished):
@@ -411,6 +413,83 @@ def test_report_of_a_run_with_everything(finished, draw, light, tmp_path):
     rows = cells(text)
     assert rows["batch_size"] == ["512"] and rows["seed"] == ["0"] and "head_hidden" not in rows
     assert "- `epochs`: 100 → 200\n" in text and "- `key_momentum`" not in text
+
+
+class Page(html.parser.HTMLParser):
+    """The text of an HTML page, its pictures, and the addresses that it names"""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.text, self.pictures, self.addresses = [], "", [], []
+        self.feed(source)
+        self.close()
+        assert not self.open, "tags that are not closed"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.addresses += [
+            attributes[key] for key in ("src", "href", "srcset") if key in attributes
+        ]
+        self.pictures += [attributes] * (tag == "img")
+        if tag not in ("img", "meta", "path", "use"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in ("path", "use", "rect")  # of a formula
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        hidden = {"style", "svg", "title"} & {*self.open}
+        self.text += "" if hidden else data
+
+
+def test_report_as_one_page_says_the_same_and_needs_no_network(finished, draw, light, tmp_path):
+    change(finished, data=DATA | dict(classes=["<b> & *c*", *"bcdefghij"]))
+    names, _ = draw(finished, "--report")
+    source = (tmp_path / "figures/report.html").read_text()
+    page = Page(source)
+    assert len(page.pictures) == len(names) and {p["width"] for p in page.pictures} == {"20"}
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"@import|url\(|<script|<link", source)
+    assert all(rule in source for rule in ("(prefers-color-scheme: dark)", "print", "viewport"))
+
+    markdown = (tmp_path / "figures/report.md").read_text()
+    markdown = re.sub(r"!\[.*\)|\$\$.*\$\$|^\|[-:| ]+$|^#+ |^- ", "", markdown, flags=re.MULTILINE)
+
+    def words(text):
+        return re.sub(r"[*`|\s]", "", text)
+
+    assert words(page.text) == words(markdown)
+    assert "<td>&lt;" not in source and source.count("</svg>") == 1  # InfoNCE
+
+
+def test_a_table_as_html():
+    rows = webpage.html_of(plots.as_table(["a", "b"], [["x|<y>", 1]]), None)
+    assert '<tr><td>x|&lt;y&gt;</td><td class="number">1</td></tr>' in rows
+
+
+def test_limits_of_a_run(craft, finished):
+    run = plots.read_run(finished)
+    run.data |= dict(n_train=2000)
+    text = report.limits(run)
+    assert "seed 0" in text and "±3.2 points" in text and "Not measured" not in text
+    assert "K = 4,096 keys, but only 2,000 training images: on average 2.0 of" in text
+    run.data |= dict(n_train=50_000)
+    assert "K = " not in report.limits(run) and "No paper" not in report.limits(run)
+    other = plots.read_run(craft(simclr, "other"))
+    other.dataset, other.epoch = "shapes", 7
+    text = report.limits(other)
+    assert "compare with: k-NN on raw pixels, k-NN on untrained encoder." in text
+    assert "No paper" in text and "not finished" in text
+
+
+def test_k_nn_with_another_k_than_during_training_says_so(finished):
+    run = plots.read_run(finished)
+    assert "end of pretraining: 50.00% with k = 200, which does" in report.conclusions(run)
+    run.config["knn_k"] = 7
+    assert "end of pretraining" not in report.conclusions(run)
 
 
 def test_conclusions_say_when_nothing_was_learned(finished):

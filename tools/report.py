@@ -355,9 +355,9 @@ def report(run, drawn):
                 yield f"![Figure {i}]({name}.png)\n\n{text}"
 
     settings = settings_of(run)
-    head, rows = ["setting", "value"], [[key, plain(value)] for key, value in settings.items()]
-    first = [row for row in rows if row[0] in TEXTS["main settings"]]
-    others = [row for row in rows if row not in first]
+    head, main = ["setting", "value"], [key for key in TEXTS["main settings"] if key in settings]
+    first = [[key, plain(settings[key])] for key in main]
+    others = [[key, plain(value)] for key, value in settings.items() if key not in main]
     blocks = [f"# {run.title}", f"Run `{run.name}`{', after [1]' * bool(said)}."]
     if said:
         named = defaultdict(lambda: "?", {key: plain(v) for key, v in run.config.items()})
