@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -174,12 +175,15 @@ def test_a_picture_of_many_runs_stays_readable():
     shapes["data"] |= {"name": "synthetic shapes"}
     panels = results.panels_of_minutes([*runs, few, shapes, trained(0, 0.9, 1, 99, stale=True)])
     assert [len(groups) for groups in panels.values()] == [6, 1]
-    figure = results.draw_knn(panels, "minutes", True)
-    figure.draw_without_rendering()
+    with matplotlib.rc_context(results.plots.STYLE):
+        figure = results.draw_knn(panels, "minutes", True)
+        figure.draw_without_rendering()
     boxes = [axes.get_legend().get_window_extent() for axes in figure.axes]
     boxes += [axes.get_window_extent() for axes in figure.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
     assert all(figure.bbox.y0 <= b.y0 for b in boxes) and all(axes.lines for axes in figure.axes)
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len({*names}) == len(names) == 6 + 1 + 6, "curves, raw pixels, untrained encoders"
     first = [line.get_color() for axes in figure.axes for line in axes.lines[:6]]
     assert len({*first[:6]}) == 6, "six curves, six colours"

@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import statistics
@@ -350,17 +351,18 @@ def draw_knn(panels, against, band):
     """k-NN accuracy along the pretraining, a panel for each data set, beside what needs none"""
     width = max(4 * len(panels), 6)
     most = max(len(groups) + len(levels_of(groups)) for groups in panels.values())
-    figure = plots.new_figure("k-NN accuracy during pretraining", width, 4 + 0.18 * most)
+    figure = plots.new_figure("k-NN accuracy during pretraining", width, 4 + 0.2 * most)
     for axes, (title, groups) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
     ):
         encoders, free = {encoder_of(group) for group in groups}, 3
         machines = {machine_of(group[0]) for group in groups}
-        drawn = set()
+        drawn, styles = set(), itertools.cycle(plots.DASHES[1:])
         for place, group in enumerate(groups):
             method, rows = group[0]["method"], curve_of(group)
             label = cells_of(group)["method"].replace(method, plots.METHODS[method], 1)
-            label += f", {encoder_of(group)}" * (len(encoders) > 1)
+            short = encoder_of(group).replace(" of width ", " w")
+            label += f", {short}" * (len(encoders) > 1)
             label += f", {group[0]['config']['epochs']} epochs: {show(knn(group))}"
             label += f" ({machine_of(group[0])})" * (len(machines) > 1 and against == "minutes")
             i = [*SCRIPTS].index(method)  # a method's first curve has its colour in all panels
@@ -373,7 +375,7 @@ def draw_knn(panels, against, band):
                 x = end[against] + 0.12 * place  # side by side
                 axes.errorbar(x, 100 * end["knn_top1"], deviation, color=f"C{i}", capsize=3)
             plots.draw_curve(axes, rows, "knn_top1", plots.fill(label, 44), i, 100, against)
-        for style, (name, values) in zip(plots.DASHES[1:], levels_of(groups).items()):
+        for style, (name, values) in zip(styles, levels_of(groups).items()):
             value = 100 * statistics.mean(values)
             axes.axhline(value, color=plots.GRAY, ls=style, lw=1, label=f"{name}: {value:.1f}")
         title += f"\n{encoder_of(groups[0])}" * (len(encoders) == 1)
