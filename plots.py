@@ -14,7 +14,7 @@ draws in the run's folder. What is missing is skipped, with one line that says w
 
     python plots.py runs/moco                              # PNG and PDF files in figures/
     python plots.py runs/moco runs/simclr --table FILE     # compared, and a table in FILE
-    python plots.py runs/moco --report                     # a report as well: report.md
+    python plots.py runs/moco --report                     # a report as well: report.html
     python plots.py runs/ablate-batch/* --ablation batch   # runs that differ in one setting
 
 The last three need tools/report.py. In a notebook, paste this file into a cell and edit Config.
@@ -34,7 +34,7 @@ class Config:
     runs: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
     out: str = "figures"  # folder for the figures
     table: str = ""  # Markdown file whose table is replaced
-    report: bool = False  # also write report.md
+    report: bool = False  # also write report.html and report.md
     ablation: str = "none"  # compare runs, see tools/ablations.py
 
 
@@ -47,7 +47,7 @@ def draw_pretraining(run):
     if chance := chance_of(run):  # the loss of a network that cannot tell images apart
         draw_level(loss, *chance, 4)
     for x, y in draw_curve(knn, run.history, "knn_top1", run.label, 0, 100)[-1:]:
-        knn.text(x, y, f"{y:.1f} (k = {run.settings.knn_k})\n", ha="right", va="center")
+        knn.annotate(f"{y:.1f} (k = {run.settings.knn_k})", (x, y), (0, 6), **ABOVE)
     for i, what in enumerate(BASELINES, 1):
         if row := knn_of(run, what):
             draw_level(knn, 100 * row["top1"], f"{BASELINES[what]} (k = {row['k']})", i)
@@ -222,7 +222,7 @@ def draw_pairs(run, rows=4, columns=5):
             kind = int(labels[i] == labels[j]) + (i == j)
             kind = ("negative", "false negative", "positive")[kind]
             cosines = "\n".join(f"{key} {cos[i, j]:.2f}" for key, cos in gallery.cosines.items())
-            what = gallery.views[1, j], kind, cosines, PAIRS[kind]
+            what = gallery.views[1, j], kind, cosines.replace("-0.00", "0.00"), PAIRS[kind]
             draw_image(panels["A"], row, 2 + column, *what)
     same, own = labels[:, None] == labels, np.eye(len(labels), dtype=bool)
     for axes, (key, cosine) in zip((panels["B"], panels["C"]), gallery.cosines.items()):
@@ -245,8 +245,8 @@ def draw_map(run):
     for axes, (name, found) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items()):
         axes.scatter(*found.points[~np.isin(found.labels, named)].T, s=4, color="0.85")
         groups = [(i, found.points[found.labels == i]) for i in named if i in found.labels]
-        for look, (_, points) in zip(LOOKS, groups):
-            axes.scatter(*points.T, alpha=0.6, linewidths=0, s=14, **look)
+        for color, marker, (_, points) in zip(TEN, MARKERS, groups):
+            axes.scatter(*points.T, alpha=0.6, linewidths=0, s=14, color=color, marker=marker)
         label_centres(axes, {run.classes[i]: points.mean(0) for i, points in groups})
         axes.set_xlabel(f"component 1 ({found.shares[0]:.1%} of the variance)")
         axes.set(title=name, xticks=[], yticks=[], ylabel=f"component 2 ({found.shares[1]:.1%})")
@@ -258,11 +258,11 @@ def label_centres(axes, centres):
     names, means = [*centres], np.array([*centres.values()])
     for side, some in enumerate(np.array_split(means[:, 0].argsort(), 2)):
         for place, i in enumerate(some[means[some, 1].argsort()]):
-            line = dict(arrowstyle="-", color=LOOKS[i]["color"], lw=1.2, shrinkA=1, shrinkB=0)
+            line = dict(arrowstyle="-", color=TEN[i], lw=1.2, shrinkA=1, shrinkB=0)
             how = dict(xytext=(0.01 + 0.98 * side, (place + 0.5) / len(some)), arrowprops=line)
             how |= dict(textcoords="axes fraction", ha=["left", "right"][side], va="center", size=8)
             axes.annotate(fill(names[i], 20), means[i], **how)
-            axes.plot(*means[i], ms=8, mec="white", **LOOKS[i])
+            axes.plot(*means[i], "o", ms=9, mec="white", color=TEN[i], zorder=5)
     axes.margins(x=0.3)  # room for the names
 
 
@@ -341,9 +341,9 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 BLUE, RED, GREEN, PURPLE, GRAY = *COLORS[:4], "0.4"
 TEN = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadd".split()
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*", ">"]
-LOOKS = [dict(color=color, marker=marker) for color, marker in zip(TEN, MARKERS)]
+ABOVE = dict(textcoords="offset points", ha="center")  # a text some points above what it is about
 DASHES = ["-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
-STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}
+STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "legend.fontsize": 8, "pdf.fonttype": 42}
 STYLE |= {"legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"text.parse_math": False, "axes.prop_cycle": matplotlib.cycler(color=COLORS)}
 
@@ -462,12 +462,12 @@ def read_run(path):
     run.gallery, run.knn = read_gallery(base), read_rows(path / "knn.jsonl")
     run.map, run.neighbours = (read_npz(path / f"{n}.npz", run) for n in ("map", "neighbours"))
     run.map_random = read_npz(path / "map-random.npz")
-    run.label, data = METHODS.get(run.method, run.method), run.data["name"]
+    run.label, data = METHODS.get(run.method, run.method), Path(run.data["name"]).stem
     run.which = "held-out training image" if run.data.get("holdout") else "test image"
-    run.dataset, width = DATASETS.get(data) or Path(data).stem, base["width"]
+    run.dataset, width = DATASETS.get(data, data), base["width"]
     run.shape = base["arch"].replace("resnet", "ResNet-") + f" of width {width}" * (width != 64)
-    run.done = f"{run.epoch}{f' of {run.epochs}' * (run.epoch < run.epochs)} epochs"
-    run.done = "1 epoch" if run.done == "1 epochs" else run.done
+    done = f"{run.epoch} of {run.epochs}" if run.epoch < run.epochs else f"{run.epoch}"
+    run.done = f"{done} epoch{'s' * (run.epochs != 1)}"
     run.title = f"{run.label} on {run.dataset} ({run.shape}, {run.done})"
     for e in run.evaluations.values():
         start = f"{run.label}, " if e.init == "pretrained" else "untrained, "
@@ -618,7 +618,7 @@ def draw(config):
                 print(f"{run.name}: no {name}: {advice.format(path=run.path)}")
         print(f"{folder}/ (.png and .pdf): {', '.join(drawn)}")
         if config.report:
-            write_page(folder / "report.md", extra.report(run, drawn))
+            extra.write_report(run, drawn, folder)
     if text:  # last, so that this file tells that all figures are there
         write_page(page, text)
     print(f"\n{table}")
@@ -653,7 +653,7 @@ def write_page(path, text):
 
 
 def save_figure(figure, path):
-    """As path.png and path.pdf; in a notebook it is shown as well"""
+    """As path.png and path.pdf (Type 42 fonts, as journals ask); in a notebook shown as well"""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw_without_rendering()  # places everything; once is enough for both files
     figure.set_layout_engine("none")
@@ -681,7 +681,7 @@ def parse_flags(argv=None):
     parser.add_argument("runs", nargs="*", help="run folders or checkpoint files")
     parser.add_argument("--out", help="folder for the figures [figures]")
     parser.add_argument("--table", help="Markdown file whose table is replaced []")
-    parser.add_argument("--report", action="store_true", help="also write report.md [False]")
+    parser.add_argument("--report", action="store_true", help="also write report.html, .md [False]")
     parser.add_argument("--ablation", help="compare runs, see tools/ablations.py [none]")
     parser.set_defaults(**vars(Config()))
     return Config(**vars(parser.parse_args(argv)))

@@ -1,6 +1,7 @@
 """Figures and tables: which are drawn, from what, and what they show."""
 
 import dataclasses
+import html.parser
 import importlib.util
 import json
 import math
@@ -24,6 +25,7 @@ import simclr
 
 sys.path.insert(0, str(ROOT / "tools"))
 import report
+import webpage
 
 ALL = {"pretraining", "diagram", "pairs", "map", "neighbours", "probe", "classes", "along"}
 DATA = dict(name="cifar10", image_size=8, n_train=5000, n_test=1000, mean=[0.5] * 3, std=[0.2] * 3)
@@ -118,7 +120,7 @@ def light(monkeypatch):
 
     def save(figure, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_name(f"{path.name}.png").touch()
+        Image.new("RGB", (40, 10)).save(f"{path}.png")
 
     monkeypatch.setattr(plots, "save_figure", save)
 
@@ -250,7 +252,7 @@ def test_alone_in_a_folder(finished, tmp_path, refused, capsys, monkeypatch):
 def test_report_from_the_command_line(craft, tmp_path):
     argv = [sys.executable, ROOT / "plots.py", craft(simclr, "a"), "--report"]
     assert subprocess.run(argv, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "figures/report.md").exists()
+    assert (tmp_path / "figures/report.html").exists()
 
 
 def test_pairs_mark_false_negatives(finished):
@@ -387,10 +389,9 @@ def test_table_1(table_1):
     shutil.rmtree(table_1 / "finetune-0.1")
     shutil.rmtree(table_1 / "random-finetune-0.1")
     evaluated(table_1, "supervised-0.1", "supervised", 0.25, init="random", labels=0.1)
-    rows = cells(table := report.table_1(plots.read_run(table_1)))
+    rows = cells(report.table_1(plots.read_run(table_1)))
     assert rows["SimCLR, 10% of the labels"] == ["", "", "41.00%", "61.00%"]
     assert rows["Random init, 10% of the labels"][0] == "25.00%"  # the same experiment
-    assert table.endswith("trained with labels only.")
     change(table_1, data=DATA | dict(name="cifar100"))
     assert "Alabdulrazzaq" not in report.table_1(plots.read_run(table_1))
 
@@ -406,12 +407,89 @@ def test_report_of_a_run_with_everything(finished, draw, light, tmp_path):
     assert len(set(re.findall(r"^\*\*Figure (\d)\.\*\* \w", text, re.MULTILINE))) == len(names)
     assert re.search(r"\| MoCo, 200 epochs +\| 60\.00% \| +7 \|", text)
     assert "67.3899, top-1 40.99%, top-5 87.40%" in text and "{queue" not in text
-    assert "- Linear probe: 55.00%, +20.0 points over untrained encoder (35.00%).\n" in text
-    assert "- k-NN: 60.00%, +40.0 points over raw pixels (20.00%).\n" in text
+    assert "- Linear probe: 55.00%, 20.0 points above the untrained encoder (35.00%).\n" in text
+    assert "- k-NN: 60.00%, 40.0 points above raw pixels (20.00%).\n" in text
     assert "Easiest class: j (59.00%), hardest: a (50.00%)." in text and "guessing (" not in text
     rows = cells(text)
     assert rows["batch_size"] == ["512"] and rows["seed"] == ["0"] and "head_hidden" not in rows
     assert "- `epochs`: 100 → 200\n" in text and "- `key_momentum`" not in text
+
+
+class Page(html.parser.HTMLParser):
+    """The text of an HTML page, its pictures, and the addresses that it names"""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.text, self.pictures, self.addresses = [], "", [], []
+        self.feed(source)
+        self.close()
+        assert not self.open, "tags that are not closed"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.addresses += [
+            attributes[key] for key in ("src", "href", "srcset") if key in attributes
+        ]
+        self.pictures += [attributes] * (tag == "img")
+        if tag not in ("img", "meta", "path", "use"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in ("path", "use", "rect")  # of a formula
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        hidden = {"style", "svg", "title"} & {*self.open}
+        self.text += "" if hidden else data
+
+
+def test_report_as_one_page_says_the_same_and_needs_no_network(finished, draw, light, tmp_path):
+    change(finished, data=DATA | dict(classes=["<b> & *c*", *"bcdefghij"]))
+    names, _ = draw(finished, "--report")
+    source = (tmp_path / "figures/report.html").read_text()
+    page = Page(source)
+    assert len(page.pictures) == len(names) and {p["width"] for p in page.pictures} == {"20"}
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert not re.search(r"@import|url\(|<script|<link", source)
+    assert all(rule in source for rule in ("(prefers-color-scheme: dark)", "print", "viewport"))
+
+    markdown = (tmp_path / "figures/report.md").read_text()
+    markdown = re.sub(r"!\[.*\)|\$\$.*\$\$|^\|[-:| ]+$|^#+ |^- ", "", markdown, flags=re.MULTILINE)
+
+    def words(text):
+        return re.sub(r"[*`|\s]", "", text)
+
+    assert words(page.text) == words(markdown)
+    assert "<td>&lt;" not in source and source.count("</svg>") == 1  # InfoNCE
+
+
+def test_a_table_as_html():
+    rows = webpage.html_of(plots.as_table(["a", "b"], [["x|<y>", 1]]), None)
+    assert '<tr><td>x|&lt;y&gt;</td><td class="number">1</td></tr>' in rows
+
+
+def test_limits_of_a_run(craft, finished):
+    run = plots.read_run(finished)
+    run.data |= dict(n_train=2000)
+    text = report.limits(run)
+    assert "seed 0" in text and "±3.2 points" in text and "Not measured" not in text
+    assert "K = 4,096 keys, but only 2,000 training images: on average 2.0 of" in text
+    run.data |= dict(n_train=50_000)
+    assert "K = " not in report.limits(run) and "No paper" not in report.limits(run)
+    other = plots.read_run(craft(simclr, "other"))
+    other.dataset, other.epoch = "shapes", 7
+    text = report.limits(other)
+    assert "compare with: k-NN on raw pixels, k-NN on untrained encoder." in text
+    assert "No paper" in text and "not finished" in text
+
+
+def test_k_nn_with_another_k_than_during_training_says_so(finished):
+    run = plots.read_run(finished)
+    assert "end of pretraining: 50.00% with k = 200, which does" in report.conclusions(run)
+    run.config["knn_k"] = 7
+    assert "end of pretraining" not in report.conclusions(run)
 
 
 def test_conclusions_say_when_nothing_was_learned(finished):
@@ -421,7 +499,8 @@ def test_conclusions_say_when_nothing_was_learned(finished):
     text = report.conclusions(plots.read_run(finished))
     error = 200 * (0.36 * 0.64 / 1000 + 0.35 * 0.65 / 1000) ** 0.5
     assert (
-        f"+1.0 points over untrained encoder (35.00%), within sampling error (±{error:.1f})" in text
+        f" 1.0 points above the untrained encoder (35.00%), within sampling error (±{error:.1f})"
+        in text
     )
     assert "test loss of 67.39 is worse than guessing (2.30)" in text
 
@@ -453,7 +532,7 @@ def test_report_of_an_unfinished_run_and_of_an_evaluation_alone(craft, draw, lig
 
 
 def differing(folder):
-    text = report.report(plots.read_run(folder), [])
+    text = "\n".join(report.report(plots.read_run(folder), []))
     return set(re.findall(r"^- (`.*)$", text, re.MULTILINE))
 
 
@@ -508,6 +587,12 @@ def test_mean_and_deviation_over_seeds(craft):
     assert rows["proj"] == ["1", "60.00", "", "3.00", ""]
 
 
+def dots(axes):
+    """Where the measured means stand: (value, row)"""
+    lines = [line for line in axes.lines if line.get_marker() == "o"]
+    return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines]
+
+
 ORDERS = {
     "stage": ("combine_at", "input stage1 stage2 stage3 final proj pred", ""),
     "encode": ("encode", "whole divide divide-combine sample sample-combine montage", ""),
@@ -532,13 +617,11 @@ def test_ablation_has_the_order_and_the_figures_of_the_paper(name, craft):
         assert rows[value][-1] == (paper.get(value, "") if paper else "")
     panels = report.draw_ablation_figure(name, groups).axes
     expected = [30 + i for i in range(len(values))]
-    if name == "encode":
-        np.testing.assert_allclose([bar.get_width() for bar in panels[0].patches], expected)
-        labels = panels[0].get_yticklabels()
-    else:
-        np.testing.assert_allclose(panels[0].lines[0].get_ydata().astype(float), expected)
-        labels = panels[0].get_xticklabels()
-    assert len(panels) == 3 and [label.get_text() for label in labels] == values
+    np.testing.assert_allclose(dots(panels[0]), [*zip(expected, range(len(values)))])
+    labels = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert len(panels) == 3 and labels == values
+    printed = [line for line in panels[1].lines if line.get_marker() == "s"]
+    assert len(printed) == (len(paper) if paper else 0)
 
 
 def test_few_labels_have_a_column_of_their_own(craft):
@@ -550,14 +633,13 @@ def test_few_labels_have_a_column_of_their_own(craft):
     assert rows["20"] == ["1", "50.00", "60.00", "40.00", "3.00", "73.5"]
 
 
-def test_two_settings_make_lines(craft):
+def test_two_settings_make_rows(craft):
     how = [dict(head=head, temperature=t) for head in ("mlp", "linear") for t in (0.2, 0.07)]
     folders = [craft(moco_cifar, str(i), 0.1 * i, **settings) for i, settings in enumerate(how)]
     groups, rows = ablate("temperature", folders)
     assert [*rows][2:6] == ["linear, 0.07", "linear, 0.2", "mlp, 0.07", "mlp, 0.2"]
-    lines = report.draw_ablation_figure("temperature", groups).axes[0].lines
-    drawn = [line.get_ydata().astype(float) for line in lines if line.get_marker() in "os"]
-    np.testing.assert_allclose(drawn, [[30, 20], [10, 0]], atol=1e-9)
+    panel = report.draw_ablation_figure("temperature", groups).axes[0]
+    np.testing.assert_allclose(dots(panel), [(30, 0), (20, 1), (10, 2), (0, 3)], atol=1e-9)
 
 
 def test_ablation_of_frameworks_shows_the_gain(craft):

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,13 @@ import results  # noqa: E402
 def test_tables_are_made_from_results(page):
     text = (ROOT / page).read_text()
     assert results.rebuild(text, results.PAGES[page], results.published()) == text
+
+
+@pytest.mark.parametrize("name", results.PICTURES)
+def test_pictures_are_drawn_from_results(name):
+    """If not: run tools/results.py."""
+    mark = results.fingerprint(name, results.published())
+    assert results.mark_in(ROOT / "docs" / name) == mark
 
 
 def test_readme_shows_at_most_six_rows_with_their_commands():
@@ -130,3 +138,52 @@ def test_of_equal_measurements_the_latest_counts():
     runs = [measured("2026-02", 30), measured("2026-01", 20), measured("2026-01", 40, batch_size=8)]
     lines = results.table_of_speed([*runs, row(0, 800)]).splitlines()
     assert len(lines) == 4 and "40.0" in lines[2] and "30.0" in lines[3] and "3.00 ×" in lines[3]
+
+
+def trained(seed, top1, minutes, width=16, method="moco", **more):
+    run = row(seed, round(1000 * top1), method=method, **more)
+    run["config"] |= {"width": width, "framework": "moco", "encode": "whole"}
+    history = [dict(epoch=e, seconds=30 * e * minutes, knn_top1=top1 * e / 2) for e in (1, 2)]
+    run["knn"] += [dict(what="pixels", correct=350, n_test=1000)]
+    run["knn"] += [dict(what="random", correct=300 + width, n_test=1000)]
+    return run | dict(history=history)
+
+
+def test_the_picture_shows_means_bands_and_levels():
+    runs = [trained(0, 0.6, 1), trained(1, 0.7, 9), trained(2, 0.8, 2)]
+    supervised = {"correct": {"top1": 900}, "n_test": 1000}
+    runs[1]["evaluations"] = {"supervised": supervised}
+    (axes,) = results.draw_knn(results.panels_of_minutes(runs), "minutes", True).axes
+    curve, *levels = axes.lines
+    assert curve.get_xdata().tolist() == [1, 2] and curve.get_ydata()[-1] == pytest.approx(70)
+    edges = [y for _, y in axes.collections[0].get_paths()[0].vertices]
+    assert max(edges) == pytest.approx(80) and curve.get_label().endswith(": 70.0 ± 10.0")
+    assert [line.get_ydata()[0] for line in levels] == pytest.approx([35, 31.6, 90])
+    assert axes.get_xlabel() == "minutes" and "k-NN" in axes.get_ylabel()
+
+
+def test_a_picture_of_many_runs_stays_readable():
+    """A panel for each data set, of its most images; no empty panel, no legend over another."""
+    runs = [
+        trained(s, 0.5 + 0.02 * i, 3 + i, width=8 * i, method=m)
+        for s in (0, 1)
+        for i, m in enumerate(["moco", "moco", "moco", "simclr", "fast-moco", "simclr"], 1)
+    ]
+    few = trained(0, 0.4, 1)
+    few["data"] |= {"n_train": 100}
+    shapes = trained(0, 0.4, 1)
+    shapes["data"] |= {"name": "synthetic shapes"}
+    panels = results.panels_of_minutes([*runs, few, shapes, trained(0, 0.9, 1, 99, stale=True)])
+    assert [len(groups) for groups in panels.values()] == [6, 1]
+    with matplotlib.rc_context(results.plots.STYLE):
+        figure = results.draw_knn(panels, "minutes", True)
+        figure.draw_without_rendering()
+    boxes = [axes.get_legend().get_window_extent() for axes in figure.axes]
+    boxes += [axes.get_window_extent() for axes in figure.axes]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
+    assert all(figure.bbox.y0 <= b.y0 for b in boxes) and all(axes.lines for axes in figure.axes)
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert len({*names}) == len(names) == 6 + 1 + 6, "curves, raw pixels, untrained encoders"
+    first = [line.get_color() for axes in figure.axes for line in axes.lines[:6]]
+    assert len({*first[:6]}) == 6, "six curves, six colours"

@@ -2,9 +2,10 @@
 
 python plots.py runs/moco runs/simclr                  # draw_comparisons()
 python plots.py runs/ablate-batch/* --ablation batch   # draw_ablation()
-python plots.py runs/moco --report                     # report()
+python plots.py runs/moco --report                     # write_report()
 """
 
+import itertools
 import json
 import math
 import os
@@ -13,12 +14,17 @@ from collections import defaultdict
 from pathlib import Path
 
 from ablations import ABLATIONS, printed_for
+from webpage import page_of
 
 import plots
 from plots import UserError, as_table, draw_curve, fill, knn_of, new_figure, percent
 
 # settings that make no difference to a result
 LOCAL = "seed out data_dir device knn_every keep_every save_seconds compile restart".split()
+
+# what the source documents state of their method, settings and results; captions, sentences
+TEXTS = json.loads(Path(__file__).with_name("documents.json").read_text())
+DOCUMENTS, CAPTIONS = TEXTS["documents"], TEXTS["captions"]
 
 
 # %% Several runs on one data set
@@ -45,9 +51,8 @@ def draw_comparison(runs):
         draw_curve(panels["loss"], rows, "loss", name, i)
         draw_curve(panels["knn"], rows, "knn_top1", name, i, 100)
         draw_curve(panels["time"], rows, "knn_top1", name, i, 100, against="minutes")
-        if probes[name]:
-            mean, deviation, _ = probes[name]
-            bar = panels["probe"].barh(fill(name, 40), mean, xerr=deviation, color=f"C{i}")
+        if probe := probes[name]:
+            bar = panels["probe"].barh(fill(name, 40), probe[0], xerr=probe[1], color=f"C{i}")
             panels["probe"].bar_label(bar, fmt="%.1f", padding=3)
             limits = dict(xlim=(0, 100), ylim=(bars - 0.4, -0.6))
             panels["probe"].set(xlabel="linear probe, top-1 (%)", **limits)
@@ -121,8 +126,8 @@ def group_runs(name, runs):
             raise UserError(f"--ablation {name}: {run.path} has no setting {missing[0]}")
         groups[tuple(run.config[field] for field in fields)].append(run)
     if len({run.method for run in runs}) > 1 or len(groups) < 2:
-        what = f"takes runs of one method that differ in {' or '.join(fields)}"
-        raise UserError(f"--ablation {name}: {what}, these are {len(groups)} settings")
+        what = f"runs of one method that differ in {' or '.join(fields)}"
+        raise UserError(f"--ablation {name} needs {what}")
 
     def rank(setting):  # numbers by size, names as the paper lists them
         order = [[row[field] for row in grid] for field in fields]
@@ -156,43 +161,26 @@ def label_of(setting):
 
 
 def draw_ablation_figure(name, groups):
-    """What each setting is worth, and what it costs: curves over numbers and stages, or bars"""
-    fields, paper = ABLATIONS[name]["fields"], paper_figures(name, groups)
-    keys = columns_of(name, groups)
-    ticks = [*dict.fromkeys(setting[-1] for setting in groups)]
-    curves = name == "stage" or {*map(type, ticks)} <= {int, float}  # bool is neither
-    height = 4.2 if curves else 2.2 + 0.35 * len(groups)
-    figure = new_figure(ABLATIONS[name]["title"], 3.6 * len(keys) + 1, height)
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        found = {s: spread(runs, key) for s, runs in groups.items() if spread(runs, key)}
-        means = {s: mean for s, (mean, _, _) in found.items()}
-        for i, line in enumerate(dict.fromkeys(s[:-1] for s in groups) if curves else ()):
-            some = [s for s in found if s[:-1] == line]
-            x, errors = [ticks.index(s[-1]) for s in some], [found[s][1] or 0 for s in some]
-            look = dict(color=f"C{i}", marker=plots.MARKERS[i % 10], ls=plots.DASHES[i % 5])
-            axes.errorbar(
-                x, [means[s] for s in some], errors, capsize=3, label=label_of(line), **look
-            )
-            said = [(ticks.index(s[-1]), paper[s]) for s in groups if s[:-1] == line and paper[s]]
-            if said and key == "probe top-1 (%)":
-                axes.plot(*zip(*said), color=f"C{i}", ls=":", marker="s", mfc="w", label="paper")
-        if curves:
-            axes.set_xticks(range(len(ticks)), map(plain, ticks))
-            axes.set(xlabel=fields[-1], ylabel=key)
-            axes.grid(alpha=0.25)
-            continue
-        places = [[*groups].index(s) for s in found]
-        colors = ["C5" if "whole" in s else "C0" for s in found]
-        errors = [found[s][1] or 0 for s in found] if any(found[s][1] for s in found) else None
-        bars = axes.barh(places, means.values(), xerr=errors, color=colors, capsize=3)
-        more = [gain(s, defaultdict(lambda: None, means)) for s in found]
-        text = [f"{m:.2f}" + (f" ({g:+.2f})" if g else "") for m, g in zip(means.values(), more)]
-        axes.bar_label(bars, text, padding=3, size=8)
-        labels = [fill(label_of(s), 30) if key == keys[0] else "" for s in groups]
-        axes.set_yticks(range(len(groups)), labels)
-        axes.set(xlabel=key, xlim=(0, 1.4 * max(means.values())), ylim=(len(groups) - 0.4, -0.6))
-    if curves and any(axes.get_legend_handles_labels()[1] for axes in figure.axes):
-        plots.legend_below(figure)
+    """What each setting is worth, and what it costs: a row for each, in the order of the paper"""
+    paper, keys = paper_figures(name, groups), columns_of(name, groups)
+    figure = new_figure(ABLATIONS[name]["title"], 3.6 * len(keys) + 1, 1.8 + 0.35 * len(groups))
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False, sharey=True)[0], keys):
+        found = {s: spread(runs, key) for s, runs in groups.items()}
+        means = {s: row and row[0] for s, row in found.items()}
+        for y, setting in enumerate(groups):
+            if found[setting]:
+                look = dict(color="C5" if "whole" in setting else "C0", marker="o", capsize=3)
+                axes.errorbar(means[setting], y, xerr=found[setting][1], **look)
+                more = gain(setting, means)
+                text = f"{means[setting]:.2f}" + (f" ({more:+.2f})" if more else "")
+                axes.annotate(text, (means[setting], y), (0, 5), size=8, **plots.ABOVE)
+            if paper[setting] and key == "probe top-1 (%)":
+                axes.plot(paper[setting], y, "s", color=plots.GRAY, mfc="w", label="printed")
+        axes.set_yticks(range(len(groups)), [fill(label_of(setting), 30) for setting in groups])
+        axes.set(xlabel=key, ylim=(len(groups) - 0.4, -0.7))
+        axes.margins(x=0.2)
+        axes.grid(alpha=0.25)
+    plots.legend_below(figure)
     return figure
 
 
@@ -212,15 +200,12 @@ def ablation_table(name, groups):
             cells.append(text + (f" ({more:+.2f})" if more is not None else ""))
         text, more = paper[setting] or "", gain(setting, paper)
         rows.append([*cells, f"{text} ({more:+.1f})" if more is not None else text])
-    settings, vary = runs[0].config.keys() - {*ABLATIONS[name]["fields"], *LOCAL}, []
-    for key in sorted(settings):
-        values = sorted({plain(run.config.get(key)) for run in runs})
-        vary += [f"{key} ({'; '.join(values)})"] if values[1:] else []
-    text = f"{runs[0].label} on {runs[0].dataset}, {len(runs)} runs, seeds "
-    text += ", ".join(map(str, sorted({run.config.get("seed", 0) for run in runs})))
-    text += ". Mean ± standard deviation (n - 1) of the last epoch over runs of one setting; k-NN: "
-    text += f"k = {knn_of(runs[0]).get('k')}, backbone features; minutes: of pretraining. "
-    text += f"Printed figures: {ABLATIONS[name]['source']}."
+    others = sorted(runs[0].config.keys() - {*ABLATIONS[name]["fields"], *LOCAL})
+    values = {key: sorted({plain(run.config.get(key)) for run in runs}) for key in others}
+    vary = [f"{key} ({'; '.join(some)})" for key, some in values.items() if some[1:]]
+    seeds = ", ".join(map(str, sorted({run.config.get("seed", 0) for run in runs})))
+    about = dict(run=runs[0], n=len(runs), seeds=seeds, k=knn_of(runs[0]).get("k"))
+    text = TEXTS["ablation"].format(**about, source=ABLATIONS[name]["source"])
     late = ", ".join(run.name for run in runs if run.epoch < run.epochs)
     text += f" Not finished: {late}." * bool(late)
     text += f" The runs also differ in {', '.join(vary)}." if vary else ""
@@ -239,15 +224,14 @@ def draw_ablation(config, runs):
 
 
 # %% Course reports
-# what the source documents state of their method, settings and results; captions
-TEXTS = json.loads(Path(__file__).with_name("documents.json").read_text())
-DOCUMENTS, CAPTIONS = TEXTS["documents"], TEXTS["captions"]
 AUGMENTATIONS = dict(crop=("crop_scale", 1), flip=("flip", 0), color=("jitter", 0))
 AUGMENTATIONS |= dict(gray=("gray", 0), blur=("blur", 0))  # SimCLR's --augment names those in use
 INACTIVE = {  # setting: when it has no effect
     "head_hidden": lambda c: c.get("head") == "linear",
     "sgd_momentum": lambda c: c.get("optimizer", "sgd") != "sgd",
     "warmup_start": lambda c: not c.get("warmup_epochs"),
+    "limit": lambda c: not c["limit"],  # all images
+    "holdout": lambda c: not c["holdout"],
     "grid": lambda c: c["encode"] == "whole",
     "parts_combined": lambda c: c["encode"] in ("whole", "divide", "sample"),
     "combine_at": lambda c: c["encode"] in ("whole", "divide", "sample"),
@@ -267,19 +251,19 @@ def plain(value):
 def settings_of(run):
     """The settings of the pretraining that had an effect"""
     config = {"optimizer": "sgd"} | run.config if run.method == "moco" else dict(run.config)
+    config["data"] = Path(str(config.get("data"))).stem
     for name, (field, off) in AUGMENTATIONS.items():
         if isinstance(config.get("augment"), str) and name not in config["augment"].split(","):
             config[field] = off
     off = [key for key, rule in INACTIVE.items() if key in config and rule(config)]
-    off = {*off, *LOCAL} - {"seed"}
-    return {key: value for key, value in config.items() if key not in off}
+    return {k: v for k, v in config.items() if k == "seed" or k not in (*off, *LOCAL)}
 
 
 def differences(said, config, where=""):
     """What a document says of settings, where that is not what was done: lines of Markdown"""
     lines = []
     for key, value in said.items():
-        here = config.get(key)
+        here = config.get(key, 0 if key == "limit" else None)
         here = here[0] if isinstance(here, list | tuple) and len(here) == 1 else here
         if here not in (value if isinstance(value, list) else [value]):
             value = " or ".join(map(plain, value)) if isinstance(value, list) else plain(value)
@@ -288,7 +272,7 @@ def differences(said, config, where=""):
 
 
 def conclusions(run):
-    """What the numbers say: lines of Markdown"""
+    """What the numbers say: lines of Markdown (sampling error: two standard errors)"""
     probe, untrained = ((p or {}).get("result", {}) for p in (run.probe, run.untrained))
     pairs = [("Linear probe", probe, probe.get("n_test"), "random", untrained)]
     knn, n = knn_of(run), run.data["n_test"]
@@ -297,19 +281,33 @@ def conclusions(run):
     for name, ours, n, what, other in pairs:
         if "top1" in ours and "top1" in other and ours.get("k") == other.get("k"):
             value, base = ours["top1"], other["top1"]
+            gap, where = 100 * abs(value - base), "above" if value >= base else "below"
             error = 200 * math.sqrt((value * (1 - value) + base * (1 - base)) / n)
-            text = f"- {name}: {percent(value)}, {100 * (value - base):+.1f} points over "
-            text += f"{plots.BASELINES[what]} ({percent(base)})"
-            weak = 100 * abs(value - base) < error  # two standard errors of the difference
-            lines.append(f"{text}{f', within sampling error (±{error:.1f})' * weak}.")
+            text = TEXTS["gap"].format(name, value, gap, where, TEXTS[what], base)
+            lines.append(f"- {text}{f', within sampling error (±{error:.1f})' * (gap < error)}.")
+    during = [row["knn_top1"] for row in run.history if "knn_top1" in row]
+    if during and knn and knn["k"] != (k := run.config.get("knn_k")):
+        lines.append(f"- {TEXTS['other k'].format(during[-1], k, knn['k'])}")
     if probe.get("test_loss", 0) > (guess := math.log(len(run.classes))):
-        text = f"- The probe's test loss of {probe['test_loss']:.2f} is worse than guessing "
-        lines.append(f"{text}({guess:.2f}): a lower learning rate may give a better classifier.")
+        lines.append(f"- {TEXTS['high loss'].format(probe['test_loss'], guess)}")
     if classes := probe.get("per_class"):
         best, worst = (f(zip(classes, run.classes)) for f in (max, min))
-        text = f"- Easiest class: {best[1]} ({percent(best[0])}), hardest: {worst[1]}"
-        lines.append(f"{text} ({percent(worst[0])}).")
+        best, worst = (f"{name} ({percent(top1)})" for top1, name in (best, worst))
+        lines.append(f"- Easiest class: {best}, hardest: {worst}.")
     return "\n".join(lines)
+
+
+def limits(run):
+    """What the numbers do not say: lines of Markdown"""
+    n, images = run.data["n_test"], run.data["n_train"]
+    keys = run.config.get("queue_size", 0) if run.method == "moco" else 0
+    missing = [f"k-NN on {name}" for what, name in plots.BASELINES.items() if not knn_of(run, what)]
+    missing += ["a probe of an untrained encoder"] * bool(run.probe and not run.untrained)
+    true = {"unfinished": run.epoch < run.epochs, "missing": missing, "queue": 2 * keys > images}
+    true |= {"no paper": run.dataset not in plots.DATASETS.values()}
+    lines = [f"- {text}" for name, text in TEXTS["limits"].items() if true.get(name, True)]
+    values = dict(run=run, seed=run.config.get("seed", 0), error=100 / math.sqrt(n), keys=keys)
+    return "\n".join(lines).format(**values, missing=", ".join(missing), own=keys / images)
 
 
 def evaluations_table(run):
@@ -317,14 +315,11 @@ def evaluations_table(run):
     rows = []
     for e in run.evaluations.values():
         if r := e.result:
-            lr = plain(r.get("lr") or e.config.get("lr"))
+            lr, tried = plain(r.get("lr") or e.config.get("lr")), len(r.get("rates") or [])
+            lr += f" (best of {tried})" * (tried > 1)
             tops = [percent(r.get(f"top{k}")) for k in (1, 3, 5)]
-            cells = [
-                r.get("n_labels", ""),
-                e.config.get("epochs", ""),
-                e.config.get("optimizer", ""),
-            ]
-            rows.append([e.title, *tops, f"{r['test_loss']:.4f}", *cells, lr])
+            cells = f"{r['test_loss']:.4f}", r.get("n_labels", ""), e.config.get("epochs", "")
+            rows.append([e.title, *tops, *cells, e.config.get("optimizer", ""), lr])
     head = "evaluation|top-1|top-3|top-5|loss|labelled images|epochs|optimizer|learning rate"
     return as_table(head.split("|"), rows) if rows else ""
 
@@ -332,72 +327,77 @@ def evaluations_table(run):
 def table_1(run):
     """Fine-tuned end to end and frozen, for each share of the labels (SimCLR report, Table 1)"""
     found = {(e.labels, e.init, e.mode): e.result for e in run.evaluations.values() if e.result}
-    rows, note = [], ""
+    rows = []
     for labels in sorted({labels for labels, _, _ in found}):
-        share, supervised = (
-            f"{100 * labels:g}% of the labels",
-            found.get((labels, "random", "supervised")),
-        )
+        share, supervised = f"{100 * labels:g}% of the labels", (labels, "random", "supervised")
         for init, name in (("pretrained", run.label), ("random", "Random init")):
             pair = [found.get((labels, init, mode), {}) for mode in ("finetune", "probe")]
-            if init == "random" and supervised:  # the same experiment under another name
-                pair[0], note = supervised, "\n\nRandom init, end to end: trained with labels only."
+            if init == "random" and supervised in found:  # the same experiment under another name
+                pair[0] = found[supervised]
             if any(pair):
                 cells = [percent(result.get(key)) for result in pair for key in ("top1", "top3")]
                 rows.append([f"{name}, {share}", *cells])
     rows += DOCUMENTS["simclr"]["table"] if run.dataset == "CIFAR-10" else []
-    return as_table(["", "end-to-end top-1", "top-3", "frozen top-1", "top-3"], rows) + note
+    return as_table(["", "end-to-end top-1", "top-3", "frozen top-1", "top-3"], rows)
 
 
 def report(run, drawn):
-    """A report on a run in Markdown, with the figures that were drawn"""
+    """A report on a run: blocks of Markdown, with the figures that were drawn"""
     said, order = DOCUMENTS.get(run.method, {}), [name for name in CAPTIONS if name in drawn]
     if run.epochs == 20 and "20 epochs" in said:  # Fast-MoCo's ablations have other rates
         said = said | {k: said[k] | more for k, more in said["20 epochs"].items()}
+    tables, machine = itertools.count(1), defaultdict(lambda: "?", run.base.get("machine") or {})
+
+    def table(caption, text):
+        return [f"**Table {next(tables)}.** {caption}", text] if text else []
 
     def figures(*names):
-        for name in (name for name in names if name in order):
-            text = CAPTIONS[name].format(run=run)
-            text = f"**Figure {order.index(name) + 1}.** {text[0].upper()}{text[1:]}"
-            yield f"![Figure {order.index(name) + 1}]({name}.png)\n\n{text}"
+        for i, name in enumerate(order, 1):
+            if name in names:
+                text = f"**Figure {i}.** {CAPTIONS[name].format(run=run)}"
+                yield f"![Figure {i}]({name}.png)\n\n{text}"
 
     settings = settings_of(run)
-    rows = [[key, plain(value)] for key, value in settings.items()]
-    first = [row for row in rows if row[0] in TEXTS["main settings"]]
-    data, machine = run.data, defaultdict(lambda: "?", run.base.get("machine") or {})
-    parts = [
-        f"# {run.title}",
-        f"Run `{run.name}`, written by plots.py" + " after [1]." * bool(said),
-    ]
+    head, main = ["setting", "value"], [key for key in TEXTS["main settings"] if key in settings]
+    first = [[key, plain(settings[key])] for key in main]
+    others = [[key, plain(value)] for key, value in settings.items() if key not in main]
+    blocks = [f"# {run.title}", f"Run `{run.name}`{', after [1]' * bool(said)}."]
     if said:
         named = defaultdict(lambda: "?", {key: plain(v) for key, v in run.config.items()})
-        parts += ["## 1 Objective", said["aim"], "## 2 Method", said["method"].format_map(named)]
-        parts += [said["loss"]] * bool(plots.chance_of(run))
-    parts += [*figures("diagram", "pairs"), "## 3 Experimental procedure"]
-    text = f"Data: {run.dataset}, {data['n_train']:,} training images and {data['n_test']:,} "
-    text += f"{run.which}s of {data['image_size']} x {data['image_size']} pixels in "
-    text += f"{len(run.classes)} classes. Pretraining sees no label: {run.done}, "
-    text += f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}, "
-    text += f"{machine['seconds'] / 60:.1f} minutes." if "seconds" in machine else "time unknown."
-    parts += [text, as_table(["setting", "value"], first, 2), evaluations_table(run)]
-    parts += ["## 4 Results", plots.table_of([run]), TEXTS["k-NN"], conclusions(run)]
-    parts += figures("pretraining", "probe", "classes")
-    parts += [table_1(run)] * (run.method == "simclr" or len(run.evaluations) > 2)
-    parts += figures("along", "neighbours", "map")
+        blocks += ["## Objective", said["aim"]]
+        blocks += ["## Method", said["method"].format_map(named)]
+        blocks += [said["loss"]] * bool(plots.chance_of(run))
+    blocks += [*figures("diagram", "pairs"), "## Experimental procedure"]
+    minutes = f"{machine['seconds'] / 60:.1f}" if "seconds" in machine else "?"
+    text = TEXTS["procedure"].format(run=run, machine=machine, minutes=minutes)
+    blocks += [text, *table("Settings of the pretraining.", as_table(head, first, 2))]
+    blocks += table(TEXTS["classifiers"], evaluations_table(run))
+    blocks += ["## Results", *table(TEXTS["k-NN"], plots.table_of([run])), conclusions(run)]
+    blocks += figures("pretraining", "probe", "classes")
+    if run.method == "simclr" or len(run.evaluations) > 2:
+        blocks += table(TEXTS["few labels"], table_1(run))
+    blocks += figures("along", "neighbours", "map")
     missing = ", ".join(name for name in CAPTIONS if name not in drawn)
-    parts += [f"Not drawn, because not measured: {missing}."] * bool(missing)
+    blocks += [f"Not drawn, because not measured: {missing}."] * bool(missing)
     if said:
         lines = differences(said["pretrain"], settings)
         for e in run.evaluations.values():
             if e.init == "pretrained" and e.mode in said["modes"]:
                 here = e.config | {"labels": e.labels, "lr": e.result.get("lr", e.config.get("lr"))}
                 lines += differences(said["evaluate"], here, f" ({e.title})")
-        parts += ["## 5 What differs from [1]", "As *stated there → here*:"]
-        parts += ["\n".join(lines) or "Nothing."]
+        blocks += ["## What differs from [1]: there → here", "\n".join(lines) or "Nothing."]
         if said["results"] and run.dataset == "CIFAR-10":  # other images: no comparison
-            parts.append(f"Results of [1]: {said['results']}.")
-        references = [f"[{i}] {text}." for i, text in enumerate(said["references"], 1)]
-        parts += ["## 6 Discussion", TEXTS["discussion"], "## References", *references]
-    others = [row for row in rows if row not in first]
-    parts += ["## Appendix: other settings", as_table(["setting", "value"], others, 2)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+            blocks.append(f"Results of [1]: {said['results']}.")
+    blocks += ["## Limits", limits(run), "## Discussion", TEXTS["discussion"]]
+    references = [f"[{i}] {text}." for i, text in enumerate(said.get("references", []), 1)]
+    blocks += ["## References", *references] if said else []
+    blocks += ["## Appendix: other settings", as_table(head, others, 2)]
+    return [block for block in blocks if block]
+
+
+def write_report(run, drawn, folder):
+    """report.md and, with the figures inside, report.html"""
+    blocks = report(run, drawn)
+    plots.write_page(folder / "report.md", "\n\n".join(blocks) + "\n")
+    plots.write_page(folder / "report.html", page_of(blocks, folder))
+    print(f"{folder}/report.html and report.md")

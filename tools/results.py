@@ -1,8 +1,8 @@
 """Publish finished runs: a JSON file each in results/, and from all of them the tables of README.md
-and docs/results.md.
+and docs/results.md, and the pictures in docs/.
 
     python tools/results.py runs/NAME [...] --data "CIFAR-10"
-    python tools/results.py                     # only rebuild the tables
+    python tools/results.py                     # only rebuild the tables and pictures
 
 A file holds settings, machine, hashes, every epoch, and accuracies as whole numbers of images. No
 number in a table is typed by hand: tests/test_results.py rebuilds them. Runs that differ only in
@@ -15,16 +15,24 @@ import dataclasses
 import fnmatch
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import report  # noqa: E402
+
+import plots  # noqa: E402
+
 # between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
 PAGES = {"README.md": ["best"], "docs/results.md": ["runs", "labels", "speed"]}
 # files whose code has since changed in a way that matters: their rows say so
@@ -226,7 +234,7 @@ def table_of_best(results):
 LABELS = {  # folder of an evaluation: what it is, and the SimCLR course report's top-1 and top-3
     "finetune": ("pretrained, end to end", "77.4 / 94.8"),
     "probe": ("pretrained, frozen", "71.3 / 93.6"),
-    "random-finetune": ("random init, end to end", "38.2 / 60.1"),
+    "random-finetune": ("random init, end to end: supervised", "38.2 / 60.1"),
     "random-probe": ("random init, frozen", "15.6 / 34.4"),
     "supervised": ("supervised", "drawn only"),
 }
@@ -238,6 +246,10 @@ def table_of_labels(results):
     for group in grouped(results):
         for folder in group[0].get("evaluations", {}):
             kind, _, share = folder.rpartition("-") if folder[-1].isdigit() else (folder, "", "1")
+            if kind == "supervised" and share != "1":  # the same experiment under another name
+                if f"random-finetune-{share}" in group[0]["evaluations"]:
+                    continue
+                kind = "random-finetune"
             found = [r["evaluations"][folder] for r in group if folder in r["evaluations"]]
             if kind in LABELS:
                 cells = cells_of(group)
@@ -276,6 +288,129 @@ def table_of_speed(results):
     return markdown(rows)
 
 
+# %% From the files to the pictures
+def panels_of_minutes(results):
+    """{title: groups}: of each data set the runs on most of its images"""
+    panels = {}
+    for group in grouped(results):  # most images first
+        name, n = group[0]["data"]["name"], group[0]["data"]["n_train"]
+        if curve_of(group) and not any(run.get("stale") for run in group):
+            panels.setdefault(name, (n, []))
+            panels[name][1].extend([group] * (n == panels[name][0]))
+    return {f"{name}, {n:,} images": groups for name, (n, groups) in panels.items()}
+
+
+def panels_of_patches(results):
+    """Fast-MoCo with patches and with whole views, on 10,000 images"""
+    groups = [group for group in grouped(results) if group[0]["method"] == "fast-moco"]
+    groups = [group for group in groups if group[0]["data"]["n_train"] == 10_000]
+    return {"Fast-MoCo: patches and whole views, 10,000 images": groups}
+
+
+# file in docs/: what is drawn in it, against what, and whether the deviation over seeds is a band
+# (or only an error bar at the end)
+PICTURES = {
+    "knn-minutes.png": (panels_of_minutes, "minutes", True),
+    "fast-moco-small.png": (panels_of_patches, "epoch", False),
+}
+
+
+def curve_of(group):
+    """k-NN accuracy along the training: mean and deviation over seeds, at the median time"""
+    rows = report.mean_history([SimpleNamespace(history=run["history"]) for run in group])
+    for row, *same in zip(rows, *(run["history"] for run in group)):
+        if "seconds" in row:
+            row["seconds"] = statistics.median(each["seconds"] for each in same)
+    return [row for row in rows if "knn_top1" in row and "seconds" in row]
+
+
+def encoder_of(group):
+    """Such as ResNet-18 of width 16"""
+    config = group[0]["config"]
+    return f"{config['arch'].replace('resnet', 'ResNet-')} of width {config['width']}"
+
+
+def levels_of(groups):
+    """{name: accuracies} of what needs no pretraining, on the images of these runs"""
+    levels, several = {}, len({encoder_of(group) for group in groups}) > 1
+    for group in groups:
+        encoder = f", {encoder_of(group)}" * several
+        supervised = [run.get("evaluations", {}).get("supervised") for run in group]
+        supervised = [e["correct"]["top1"] / e["n_test"] for e in supervised if e]
+        for name, values in (
+            ("raw pixels", knn(group, "pixels")),
+            (f"untrained encoder{encoder}", knn(group, "random")),
+            (f"supervised{encoder} (not k-NN)", supervised),
+        ):
+            if values:
+                levels.setdefault(name, []).extend(values)
+    return levels
+
+
+def draw_knn(panels, against, band):
+    """k-NN accuracy along the pretraining, a panel for each data set, beside what needs none"""
+    width = max(4 * len(panels), 6)
+    most = max(len(groups) + len(levels_of(groups)) for groups in panels.values())
+    figure = plots.new_figure("k-NN accuracy during pretraining", width, 4 + 0.2 * most)
+    for axes, (title, groups) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
+    ):
+        encoders, free = {encoder_of(group) for group in groups}, 3
+        machines = {machine_of(group[0]) for group in groups}
+        drawn, styles = set(), itertools.cycle(plots.DASHES[1:])
+        for place, group in enumerate(groups):
+            method, rows = group[0]["method"], curve_of(group)
+            label = cells_of(group)["method"].replace(method, plots.METHODS[method], 1)
+            short = encoder_of(group).replace(" of width ", " w")
+            label += f", {short}" * (len(encoders) > 1)
+            label += f", {group[0]['config']['epochs']} epochs: {show(knn(group))}"
+            label += f" ({machine_of(group[0])})" * (len(machines) > 1 and against == "minutes")
+            i = [*SCRIPTS].index(method)  # a method's first curve has its colour in all panels
+            if method in drawn:
+                i, free = free, free + 1
+            drawn.add(method)
+            end, deviation = rows[-1], 100 * rows[-1].get("± knn_top1", 0)
+            if not band:
+                rows = [without(row, ["± knn_top1"]) for row in rows]
+                x = end[against] + 0.12 * place  # side by side
+                axes.errorbar(x, 100 * end["knn_top1"], deviation, color=f"C{i}", capsize=3)
+            plots.draw_curve(axes, rows, "knn_top1", plots.fill(label, 44), i, 100, against)
+        for style, (name, values) in zip(styles, levels_of(groups).items()):
+            value = 100 * statistics.mean(values)
+            axes.axhline(value, color=plots.GRAY, ls=style, lw=1, label=f"{name}: {value:.1f}")
+        title += f"\n{encoder_of(groups[0])}" * (len(encoders) == 1)
+        axes.set(title=title, ylabel="k-NN top-1 (%)")
+        axes.set_xlim(left=0)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return figure
+
+
+def fingerprint(name, results):
+    """What a picture was drawn from, as a hash; the picture holds it"""
+    panels, *how = PICTURES[name]
+    found = {
+        title: [[cells_of(group), curve_of(group)] for group in groups] + [levels_of(groups)]
+        for title, groups in panels(results).items()
+    }
+    return hashlib.sha256(json.dumps([found, how]).encode()).hexdigest()
+
+
+def draw_pictures(results, folder=ROOT / "docs"):
+    """Draw what is not there yet, or was drawn from other results"""
+    for name, (panels, against, band) in PICTURES.items():
+        mark = fingerprint(name, results)
+        if not (folder / name).exists() or mark_in(folder / name) != mark:
+            with matplotlib.rc_context(plots.STYLE):
+                figure = draw_knn(panels(results), against, band)
+                figure.savefig(folder / name, dpi=120, metadata={"Description": mark})
+
+
+def mark_in(path):
+    with Image.open(path) as image:
+        return image.text.get("Description")
+
+
+# %% From the tables to the pages
 def rebuild(text, names, results):
     """A page's text with the tables between its markers made anew"""
     for name in names:
@@ -299,3 +434,4 @@ if __name__ == "__main__":
         file.write_text(json.dumps(collect(run, args.data), indent=1) + "\n")
     for page, names in PAGES.items():
         (ROOT / page).write_text(rebuild((ROOT / page).read_text(), names, published()))
+    draw_pictures(published())
