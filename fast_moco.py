@@ -890,7 +890,7 @@ class Run:
         if self.config.compile:
             self.model.compile(dynamic=False)  # in place: the names of the weights stay
         self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
-        self.chance, self.warned = chance, set()
+        self.about["chance"], self.warned = chance, set()
         self.clock = self.saved = time.monotonic()
         # the first process reads for all: what is in the folder changes as soon as one saves
         if found := agree(self.take_folder, self.is_main):
@@ -1121,7 +1121,8 @@ class Run:
         row, knn = self.history[-1], [r["knn_top1"] for r in self.history if "knn_top1" in r][-4:]
         falling = len(knn) == 4 and knn == sorted(set(knn))[::-1] and knn[0] > knn[3] + 0.01
         signs = {
-            "the loss is still at chance: try another --lr": row["loss"] > 0.99 * self.chance,
+            "the loss is still at chance: try another --lr": row["loss"]
+            > 0.99 * self.about["chance"],
             "the features have collapsed: all images get the same": row["spread"] < 0.1,
             "the k-NN accuracy has fallen three times in a row": falling,
         }

@@ -44,8 +44,8 @@ def draw_pretraining(run):
     figure = new_figure(f"Pretraining: {run.title}", 7, 6.5)
     loss, knn, rate = figure.subplots(3, 1, sharex=True, height_ratios=[4, 4, 1])
     draw_curve(loss, run.history, "loss", run.label)
-    if chance := chance_of(run):  # the loss of a network that cannot tell images apart
-        draw_level(loss, *chance, 4)
+    if run.chance:  # the loss of a network that cannot tell images apart
+        draw_level(loss, run.chance, f"chance: {run.chance:.2f}", 4)
     for x, y in draw_curve(knn, run.history, "knn_top1", run.label, 0, 100)[-1:]:
         knn.annotate(f"{y:.1f} (k = {run.settings.knn_k})", (x, y), (0, 6), **ABOVE)
     for i, what in enumerate(BASELINES, 1):
@@ -60,20 +60,6 @@ def draw_pretraining(run):
     figure.align_ylabels()
     legend_below(figure, 3)
     return figure
-
-
-def chance_of(run):
-    """The loss if all logits are equal -> nats, its formula; None for a loss without negatives"""
-    c = run.settings
-    if run.method == "moco":
-        terms, choices, name = 1 + c.symmetric, 1 + c.queue_size, "1 + K"
-    elif run.method == "simclr":
-        terms, choices, name = 1, 2 * c.batch_size - 1, "2N - 1"
-    elif run.method == "fast-moco" and c.framework in ("moco", "nnclr"):
-        terms, choices, name = 2, c.batch_size, "N"
-    else:
-        return None
-    return terms * math.log(choices), f"chance: {'2 ' * (terms == 2)}ln({name}), {name} = {choices}"
 
 
 # %% The method as a diagram: the same picture for all, so that the difference stands out
@@ -121,7 +107,7 @@ def draw_simclr(run):
 
 def draw_fast_moco(run):
     """One view in patches, combined, against the other view as a whole (its Algorithm 1)"""
-    c, n, chance = run.settings, run.settings.batch_size, chance_of(run)
+    c, n = run.settings, run.settings.batch_size
     grid, parts = (1, 1) if c.encode == "whole" else (c.grid, c.grid**2)
     combines = c.encode in ("divide-combine", "sample-combine", "montage")
     means = [*itertools.combinations(range(parts), c.parts_combined if combines else 1)]
@@ -137,8 +123,8 @@ def draw_fast_moco(run):
     vectors = f"z_c\n{len(means) * n} x {c.dim}", f"z\n{n} x {c.dim}"
     update = f"moving average\na = {c.key_momentum:g}\neach step"
     update = "the same\nweights" if c.framework == "simsiam" else update
-    task = f"{FRAMEWORKS[c.framework]}\n" + "no negatives: 2 - 2 cos(z_c, z)" * (not chance)
-    task += f"T = {c.temperature:g}, which of N = {n} is mine?" * bool(chance)
+    task = f"{FRAMEWORKS[c.framework]}\n" + "no negatives: 2 - 2 cos(z_c, z)" * (not run.negatives)
+    task += f"T = {c.temperature:g}, which of N = {n} is mine?" * run.negatives
     task += f"\nz: nearest of {c.queue_size} before" * (c.framework == "nnclr")
     figure, box, arrow, text = new_diagram(run, names, nets, vectors, update, task, grid)
     for k, chosen in enumerate(means[:6] if parts <= 9 and final else []):
@@ -196,7 +182,7 @@ def new_diagram(run, names, nets, vectors, update, task, grid=1):
         arrow((7.0, y + 0.7), (7.6, y + 0.7))
         box(7.65, y + 0.25, 1.4, 0.9, vector, *look)
     arrow((5.8, 4.2), (5.8, 2.2), update, (6.75, 3.2), *second)
-    chance = f"\nchance: {chance_of(run)[0]:.2f}" if chance_of(run) else ""
+    chance = f"\nchance: {run.chance:.2f}" if run.chance else ""
     box(10.4, 4.3, 3.2, 1.4, task + chance, PURPLE)
     axes.set(xlim=(0, 15.9), ylim=(0, 6.4), aspect="equal")
     axes.axis("off")
@@ -456,6 +442,8 @@ def read_run(path):
     if base["kind"] == "pretrain" and not run.history:
         raise UserError(f"{path}: no epoch is finished yet, there is nothing to draw")
     run.settings, run.diagram = SimpleNamespace(**run.config), DIAGRAMS.get(run.method)
+    run.chance = pretrain.get("chance")  # the loss of guessing
+    run.negatives = run.config.get("framework") not in ("byol", "simsiam")
     run.probe, run.untrained = (found[n].saved if n in found else None for n in ("", "random"))
     run.evaluations = {name: e for name, e in found.items() if e.config}
     run.along = [e for e in run.evaluations.values() if e.along]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -526,3 +527,24 @@ def test_warning_of_a_falling_knn(values, warned, short, monkeypatch, capsys):
     monkeypatch.setattr(simclr, "knn_accuracy", lambda *_: next(curve))
     found = warnings_of(simclr, [*short, "--epochs", "4", "--knn-every", "1"], capsys)
     assert found == ["warning: the k-NN accuracy has fallen three times in a row"] * warned
+
+
+LEVELS = {  # of batches of 16
+    (moco_cifar, "--symmetric"): 2 * math.log(51),  # the queue has 50 keys
+    (moco_cifar, "--mechanism memory-bank"): math.log(51),
+    (moco_cifar, "--mechanism end-to-end"): math.log(16),
+    (simclr, ""): math.log(31),
+    (fast_moco, ""): 2 * math.log(16),  # its flags here say nnclr
+    (fast_moco, "--framework simsiam"): 4,  # 2 (2 - 2 cos) at right angles
+}
+
+
+@pytest.mark.parametrize("script, more", LEVELS, ids=lambda x: getattr(x, "__name__", x))
+def test_the_loss_of_guessing_is_known(script, more, common, tmp_path, monkeypatch):
+    def start(run, model, online, optimizer, chance, clip=0.0):
+        assert chance == pytest.approx(LEVELS[script, more])
+        raise Crash
+
+    monkeypatch.setattr(script.Run, "start", start)
+    with pytest.raises(Crash):
+        script.main([*common, *OWN[script].split(), *more.split(), "--out", str(tmp_path / "run")])

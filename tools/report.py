@@ -92,14 +92,14 @@ def mean_history(runs):
 # %% Ablations
 def measured(run):
     """-> {what: its value}, in percent and minutes, of what was measured"""
-    knn, last = knn_of(run).get("top1"), run.history[-1] if run.history else {}
-    found = {"loss (nats)": last["loss"]} if "loss" in last else {}
+    knn, last = knn_of(run).get("top1"), run.history[-1]
+    found = {"loss (nats)": last["loss"], "minutes": last["seconds"] / 60}
     found |= {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
     for e in run.evaluations.values():
         if (e.mode, e.init) == ("probe", "pretrained") and e.result:
             few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
             found[f"probe top-1{few} (%)"] = 100 * e.result["top1"]
-    return found | ({"minutes": last["seconds"] / 60} if "seconds" in last else {})
+    return found
 
 
 def columns_of(name, groups):
@@ -171,14 +171,13 @@ def draw_ablation_figure(name, groups):
             if found[setting]:
                 look = dict(color="C5" if "whole" in setting else "C0", marker="o", capsize=3)
                 axes.errorbar(means[setting], y, xerr=found[setting][1], **look)
-                more = gain(setting, means)
-                text = f"{means[setting]:.2f}" + (f" ({more:+.2f})" if more else "")
+                text = f"{means[setting]:.2f}"
+                text += f" ({more:+.2f})" if (more := gain(setting, means)) else ""
                 axes.annotate(text, (means[setting], y), (0, 5), size=8, **plots.ABOVE)
             if paper[setting] and key == "probe top-1 (%)":
                 axes.plot(paper[setting], y, "s", color=plots.GRAY, mfc="w", label="printed")
         axes.set_yticks(range(len(groups)), [fill(label_of(setting), 30) for setting in groups])
-        axes.set(xlabel=key, ylim=(len(groups) - 0.4, -0.7))
-        axes.margins(x=0.2)
+        axes.set(xlabel=key, xmargin=0.2, ylim=(len(groups) - 0.4, -0.7))
         axes.grid(alpha=0.25)
     plots.legend_below(figure)
     return figure
@@ -366,7 +365,7 @@ def report(run, drawn):
         named = defaultdict(lambda: "?", {key: plain(v) for key, v in run.config.items()})
         blocks += ["## Objective", said["aim"]]
         blocks += ["## Method", said["method"].format_map(named)]
-        blocks += [said["loss"]] * bool(plots.chance_of(run))
+        blocks += [said["loss"]] * run.negatives
     blocks += [*figures("diagram", "pairs"), "## Experimental procedure"]
     minutes = f"{machine['seconds'] / 60:.1f}" if "seconds" in machine else "?"
     text = TEXTS["procedure"].format(run=run, machine=machine, minutes=minutes)
