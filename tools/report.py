@@ -19,10 +19,8 @@ from webpage import page_of
 import plots
 from plots import UserError, as_table, draw_curve, fill, knn_of, new_figure, percent
 
-# settings that make no difference to a result
+# settings that make no difference to a result; what the source documents say, captions, sentences
 LOCAL = "seed out data_dir device knn_every keep_every save_seconds compile restart".split()
-
-# what the source documents state of their method, settings and results; captions, sentences
 TEXTS = json.loads(Path(__file__).with_name("documents.json").read_text())
 DOCUMENTS, CAPTIONS = TEXTS["documents"], TEXTS["captions"]
 
