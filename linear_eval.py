@@ -134,6 +134,24 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
 
 
 # %% What the classifier learns from
+def random_crop(x, scale):
+    """A random part of each image, resized to the whole; half of them are flipped: (N, C, H, W).
+    scale: range of the part's area, as a share of the image's. Each side is at most the image's.
+    """
+
+    def uniform(low, high):
+        return torch.empty(len(x), device=x.device).uniform_(low, high)
+
+    area, ratio = uniform(*sorted(scale)), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+    width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
+    left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # of the centre
+    flip, zero = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(area)
+    # an affine map from the view's coordinates to the image's, both from -1 to 1
+    rows = torch.stack([width * flip, zero, left]), torch.stack([zero, height, top])
+    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
 def encoder_learns(config):
     return config.mode != "probe" and config.encoder_lr > 0
 
@@ -152,9 +170,7 @@ def features_of(encoder, x, config, autocast):
     """Features (N, D) of a training batch: images (N, 3, H, W) uint8, or already features (N, D)"""
     if x.ndim == 2:
         return x
-    x = x / 255
-    if config.augment:
-        x = sometimes(0.5, horizontal_flip, random_resized_crop(x, config.crop_scale))
+    x = random_crop(x / 255, config.crop_scale) if config.augment else x / 255
     with autocast():  # no gradient reaches a frozen encoder: load_encoder() has seen to that
         return encoder(normalise(x, config)).float()
 
@@ -207,12 +223,16 @@ def make_optimizer(layers, encoder, config):
     if encoder_learns(config):
         encoder.requires_grad_(True)
         groups.append(dict(params=encoder.parameters(), lr=config.encoder_lr * config.lr[0]))
-    decay, momentum = config.weight_decay, config.sgd_momentum
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, weight_decay=decay)
+        return torch.optim.Adam(groups, weight_decay=config.weight_decay, fused=True)
+    how = dict(lr=config.lr[0], momentum=config.sgd_momentum, weight_decay=config.weight_decay)
     if config.optimizer == "lars":
-        return LARS(groups, lr=config.lr[0], momentum=momentum, weight_decay=decay)
-    return torch.optim.SGD(groups, momentum=momentum, weight_decay=decay, nesterov=config.nesterov)
+        return LARS(groups, **how)
+    optimizer = torch.optim.SGD(groups, nesterov=config.nesterov, fused=True, **how)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        # torch's fused SGD leaves it uninitialised if the very first fp16 step overflows
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def train_linear(encoder, data, config, autocast, scaler):
@@ -319,7 +339,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch.distributed as dist
 import torchvision
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
@@ -336,54 +355,7 @@ class UserError(Exception):
         self.code = code
 
 
-# %% Image operations: batches (N, C, H, W) in [0, 1], random numbers for each image
-def uniform(low, high, x, *shape):
-    """Random numbers for each image of x, (N, *shape), drawn for the images of all processes: the
-    views don't depend on their number.
-    """
-    n = len(x) * process_count()
-    return shard(torch.empty(n, *shape, device=x.device).uniform_(low, high))
-
-
-def sometimes(p, change, x):
-    """Change each image with probability p."""
-    return torch.where(uniform(0, 1, x, 1, 1, 1) < p, change(x), x) if p else x
-
-
-def random_resized_crop(x, scale):
-    """torchvision's RandomResizedCrop: a random part of each image, resized to the whole. Its area
-    is uniform in scale, its log aspect ratio too; of ten tries the first that fits, or everything.
-    """
-    size = x.shape[-1]
-    area = size**2 * uniform(*sorted(scale), x, 10)  # (N, 10)
-    ratio = uniform(math.log(3 / 4), math.log(4 / 3), x, 10).exp()
-    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, N, 10)
-    fits = ((sides > 0) & (sides <= size)).all(0)  # (N, 10)
-    first = fits.int().argmax(1).expand(2, len(x))[..., None]
-    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)  # (N,)
-    top, left = (uniform(0, 1, x, 2).T * (size + 1 - sides)).floor()
-    return separable(x, interpolation(top, height, size), interpolation(left, width, size))
-
-
-def interpolation(start, length, size):
-    """Matrices (N, size, size) that resize pixels start...start + length to size, bilinearly"""
-    pixel = torch.arange(size, device=start.device)
-    position = ((pixel + 0.5) * length[:, None] / size - 0.5).clamp(min=0)
-    position = start[:, None] + torch.minimum(position, length[:, None] - 1)
-    return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)
-
-
-def separable(x, rows, columns):
-    """rows @ x @ columns.T in each channel: (N, C, h, w), (N, H, h), (N, W, w) -> (N, C, H, W)"""
-    x = x.flatten(1, 2) @ columns.mT  # (N, C*h, W)
-    x = rows @ x.unflatten(1, (-1, rows.shape[2])).transpose(1, 2).flatten(2)  # (N, H, C*W)
-    return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
-
-
-def horizontal_flip(x):
-    return x.flip(3)
-
-
+# %% Image operations
 def normalise(x, config):
     """Pixels in [0, 1] -> mean 0 and standard deviation 1, channels_last"""
     channels = zip(x.unbind(1), config.mean, config.std)
@@ -529,7 +501,16 @@ def find_checkpoint(path):
         if file.is_file():
             return file
     missing = "no pretrain.pt or last.pt in this folder" if path.is_dir() else "no such file"
-    raise UserError(f"{path}: {missing}")
+    raise UserError(f"{path}: {missing}; pretrain first")
+
+
+def newest_run():
+    """The finished run to take if none is named"""
+    files = sorted(Path("runs").rglob("pretrain.pt"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise UserError("pretrain first, or name at least one run folder or checkpoint")
+    print(f"no run is named: taking the newest one, {files[-1].parent}")
+    return files[-1].parent
 
 
 # %% Devices
@@ -557,15 +538,6 @@ def start_device(config):
                 ctypes.CDLL("libc.so.6").mallopt(*option)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
-
-
-def process_count():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def shard(batch):
-    """This process's rows of the whole batch"""
-    return batch.chunk(process_count())[dist.get_rank()] if dist.is_initialized() else batch
 
 
 def describe_machine(device, dtype, seed):
@@ -660,7 +632,8 @@ def load_encoder(file, seed=None):
     torch.manual_seed(seed or 0)
     encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
     try:
-        encoder.load_state_dict(encoder.state_dict() if seed is not None else checkpoint["encoder"])
+        if seed is None:
+            encoder.load_state_dict(checkpoint["encoder"])
     except (RuntimeError, TypeError, AttributeError):
         shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
         raise UserError(f"{file}: its weights are not those of a {shape}") from None
@@ -695,9 +668,6 @@ def read_data(source, config, sha256):
     """The images whose labels are used, and if there are several learning rates, the indices of
     those `held` out to choose one. sha256: what the images must have, if that is known
     """
-    if Path(source).is_dir():
-        file = f"the .npz file in {config.data_dir}/ that pretraining made of it"
-        raise UserError(f"--data {source}: is a folder; name {file}")
     data = load_data(source, config)
     if sha256 not in (None, data.about["sha256"]):
         why = "these are not the images of the pretraining (another sha256)"
@@ -735,13 +705,12 @@ def output_folder(file, kind, config):
 
 def find_kept(path, every, last):
     """The checkpoints of every so many epochs, those before the last one"""
-    files = [file for file in Path(path).glob("epoch*.pt") if file.stem[5:].isdecimal()]
-    files = {int(file.stem[5:]): file for file in files}
-    epochs = [e for e in sorted(files) if every and e < last and e % every == 0]
-    if every and not epochs:
+    epochs = range(every, last, every) if every else ()
+    files = [file for e in epochs if (file := Path(path) / f"epoch{e:04d}.pt").exists()]
+    if every and not files:
         why = f"--probe-every {every}: no checkpoint of such an epoch in {path}"
         raise UserError(f"{why}; it takes the folder of a run pretrained with --keep-every")
-    return [files[e] for e in epochs]
+    return files
 
 
 def read_along(path, head):
@@ -752,6 +721,13 @@ def read_along(path, head):
         return {row["epoch"]: row for row in rows if same}
     except (OSError, LookupError, TypeError, ValueError):  # none yet, or not one of ours
         return {}
+
+
+def read_finished(path, head):
+    """The result in a linear.pt if it was measured with all that is in head, else None"""
+    with contextlib.suppress(UserError):
+        saved = load_checkpoint(path)
+        return saved["result"] if all(saved.get(key) == head[key] for key in head) else None
 
 
 def write_rows(path, rows):
@@ -800,42 +776,47 @@ def measure(path, config):
     file = find_checkpoint(path)
     seed = config.seed if config.init == "random" else None  # of an untrained encoder
     saved, _ = load_encoder(file, seed)
+    if "train_state" in saved:
+        state = f"{file} is of epoch {saved['epoch']} of {saved['epochs']}"
+        print(f"warning: {state}; for the final result, pretrain first", file=sys.stderr)
     about, before = saved["data"], saved["config"]
     own = dict(data=about["name"], limit=before["limit"], holdout=about["holdout"])
     given = {key: getattr(config, key) or own[key] for key in own}
     config = dataclasses.replace(config, **given, data_dir=config.data_dir or before["data_dir"])
     device, dtype = start_device(config)
     kept = find_kept(path, config.probe_every, saved["epoch"])
-    pixels = {key: about[key] for key in ("image_size", "mean", "std")}
-    settings = SimpleNamespace(**dataclasses.asdict(config), **pixels)
+    settings = SimpleNamespace(**about | vars(config))  # with size, mean and std of the images
     source = about.get("file", about["name"]) if config.data == about["name"] else config.data
     data = read_data(source, settings, about.get("sha256") if given == own else None)
-    for each in kept:
-        load_encoder(each, seed)  # a damaged one shows before the training
     out = output_folder(file, saved.get("kind"), config)
+    folder = str(file.parent if file.parent in (out, *out.parents) else out)
 
     method = "random" if config.init == "random" else saved["method"]
     method = "supervised" if config.mode == "supervised" else method
-    head = dict(method=method, config=dataclasses.asdict(config), data=data.about)
+    head = dict(method=method, config=vars(config), data=data.about)
     along = read_along(out / "along.jsonl", head)  # what an earlier command has measured
     for each in [*kept, file]:
         saved, encoder = load_encoder(each, seed)
         encoder = encoder.to(device, memory_format=torch.channels_last)
         mark, epoch, start = fingerprint(encoder), saved["epoch"], time.monotonic()
+        pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
+        head["pretrain"] = pretrain | {"encoder_sha256": mark}
         if each != file and along.get(epoch, {}).get("encoder_sha256") == mark:
             continue
+        done = None if kept else read_finished(out / "linear.pt", head | {"source": SOURCE})
+        if done:
+            report(done, config)
+            print(f"already measured: to measure again, delete {out / 'linear.pt'}")
+            return folder
         what = f"{method}, epoch {epoch} of {saved['epochs']}" if seed is None else "untrained"
-        what += ", pretraining unfinished" if "train_state" in saved else ""
         where = f"{data.labels['n_labels']} images of {config.data}"
         print(f"{config.mode} of {saved['arch']} ({what}) on {where}", flush=True)
-        machine = describe_machine(device, dtype, config.seed)
+        head["machine"] = machine = describe_machine(device, dtype, config.seed)
         learned = learn(encoder, data, settings, device, dtype)
         machine["seconds"], result = time.monotonic() - start, learned["result"]
         if learned["encoder_sha256"] != mark and not encoder_learns(config):
             raise UserError("the encoder has changed, so this was no probe; please report it", 3)
         report(result, config)
-        pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
-        head |= dict(pretrain=pretrain, machine=machine)
         if kept:
             row = {k: result[k] for k in "lr top1 top3 top5 test_loss correct n_test".split()}
             along[epoch] = {"epoch": epoch, **row, "encoder_sha256": mark}
@@ -846,27 +827,21 @@ def measure(path, config):
     checkpoint |= dict(arch=saved["arch"], width=saved["width"])
     save_checkpoint(out / "linear.pt", checkpoint)
     print(f"saved {out / 'linear.pt'}")
-    return str(file.parent if file.parent in (out, *out.parents) else out)
+    return folder
 
 
 def check_together(config):
     """UserError if settings do not go together."""
-    why = None
-    if not config.checkpoints:
-        why = "name at least one run folder or checkpoint, for example runs/moco"
-    elif config.out and len(config.checkpoints) > 1:
-        why = "--out goes with one checkpoint; without it each result lies beside its own"
-    elif max(config.labels, config.lr_decay) > 1:
-        why = "--labels and --lr-decay must be at most 1"
-    elif len(config.lr) > 1 and config.mode != "probe":
-        why = "--lr: several learning rates need --mode probe"
-    elif config.nesterov and not config.sgd_momentum:
-        why = "--nesterov: there is no momentum with --sgd-momentum 0"
-    elif config.mode == "supervised" and not config.encoder_lr:
-        why = "--encoder-lr 0: --mode supervised would learn nothing but the last layer"
-    elif config.probe_every and config.init == "random":
-        why = "--probe-every: an untrained encoder has no epochs"
-    if why:
+    supervised, random = config.mode == "supervised", config.init == "random"
+    wrong = {
+        "--out goes with one checkpoint": config.out and len(config.checkpoints) > 1,
+        "--labels and --lr-decay must be at most 1": max(config.labels, config.lr_decay) > 1,
+        "--lr: several need --mode probe": len(config.lr) > 1 and config.mode != "probe",
+        "--nesterov needs --sgd-momentum": config.nesterov and not config.sgd_momentum,
+        "--encoder-lr 0: needs --mode finetune": supervised and not config.encoder_lr,
+        "--probe-every: an untrained encoder has no epochs": config.probe_every and random,
+    }
+    for why in (why for why in wrong if wrong[why]):
         raise UserError(why)
 
 
@@ -877,7 +852,7 @@ def main(argv=None):
         if config.mode == "supervised":
             config.init = "random"
         check_together(config)
-        folders = [measure(path, config) for path in config.checkpoints]
+        folders = [measure(path, config) for path in config.checkpoints or [newest_run()]]
         print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
         return 0
     except UserError as error:
