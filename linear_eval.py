@@ -49,7 +49,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 # %% Config: each field becomes a flag --like-this, and its comment the help text
 @dataclasses.dataclass
 class Config:
-    checkpoints: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
+    checkpoints: list = dataclasses.field(default_factory=list)  # folders or files [the newest run]
     # -- what to measure
     mode: Literal["probe", "finetune", "supervised"] = "probe"  # what learns, see above
     init: Literal["pretrained", "random"] = "pretrained"  # random: an untrained encoder, to compare
