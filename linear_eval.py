@@ -7,13 +7,12 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
     images --encoder (frozen, eval mode)--> features (N, D) --linear--> logits --> cross-entropy
              computed once                                    ^ the only thing that learns
 
-No learning rate suits every encoder: the gradient of the layer grows with the features, so larger
-features need a smaller rate. MoCo's own probe uses 30 (for ImageNet), which suits the synthetic
-shapes of `make demo`. On CIFAR-10 it is mostly too high: the weights jump about and the logits grow
-huge. A SimCLR encoder, 5,000 images: 34.6% at rate 30, with a test loss of 22.6 where guessing has
-ln 10 = 2.3, but 39.6% at 0.3. So by default eight rates are tried side by side on 90% of the
-training images. The one that is best on the other 10% then trains a new layer on all of them.
-Recipes that follow a paper or report keep its rate.
+No learning rate suits every encoder: larger features make larger gradients and need a smaller rate.
+MoCo's own probe uses 30 on ImageNet. That suits the synthetic shapes of `make demo`, but is usually
+too high on CIFAR-10: the weights jump about, and the logits (the class scores) grow huge. A SimCLR
+encoder, 5,000 images: 34.6% at rate 30, with a test loss of 22.6 where guessing gives ln 10 = 2.3,
+but 39.6% at 0.3. So by default eight rates are tried side by side on 90% of the training images,
+and the best one on the other 10% trains a new layer on all. Recipes of a paper keep its rate.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 
@@ -21,9 +20,9 @@ Two more modes ask other questions. Quoting their accuracies as "linear" is a co
     finetune    all weights learn, starting from the checkpoint: is it a good place to start?
     supervised  all weights learn, starting untrained: what do the labels alone give?
 
-With --labels 0.1 each mode learns from the same tenth of the labels. The accuracy reported is that
-of the last epoch on the test set; nothing is chosen by looking at it. To compare settings, pretrain
-with --holdout 5000: those images replace the test set. Of 10 classes, top-5 is 50% by chance.
+With --labels 0.1 each mode learns from the same tenth of the labels. Accuracies are those of the
+last epoch on the test set, and nothing is chosen by them: to compare settings, pretrain with
+--holdout 5000. Top-5: the label is among the five largest logits; of 10 classes, 50% by chance.
 
     python linear_eval.py runs/moco                     # the best of eight learning rates
     python linear_eval.py runs/moco --recipe demo       # MoCo's own probe, learning rate 30
@@ -87,14 +86,13 @@ WITH_LABELS |= dict(nesterov=True, weight_decay=5e-4)
 SEMI = dict(mode="finetune", lr=(5e-2,), batch_size=256, nesterov=True, lr_decay=0.2, augment=True)
 
 RECIPES = {
-    "default": {},  # as below, with the best of several learning rates
+    "default": {},  # Config as it stands: the best of several learning rates
     "demo": dict(lr=(30.0,)),  # MoCo's own linear probe (MoCo v1, sec. 4.1)
     # "Fine-tuning Momentum Contrast on Image Classification"; its schedule is not stated
     "report": dict(lr=(10.0,), batch_size=128),
     # Fast-MoCo, supplementary, Table 2
     "fast-moco": dict(optimizer="lars", lr=(0.8,), batch_size=4096, epochs=90, schedule="cosine"),
-    # "Contrastive Self-Supervised Image Classification using SimCLR": "a similar training setup" to
-    # that of the pretraining; for both modes
+    # "Contrastive Self-Supervised Image Classification using SimCLR": "a similar training setup"
     "simclr-report": dict(labels=0.1, epochs=50, batch_size=200, augment=True)
     | dict(optimizer="adam", lr=(1e-3,), weight_decay=1e-5, lr_decay=1.0),
     "semi-1": SEMI | dict(labels=0.01, epochs=60, encoder_lr=0.0),
@@ -134,24 +132,6 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
 
 
 # %% What the classifier learns from
-def random_crop(x, scale):
-    """A random part of each image, resized to the whole; half of them are flipped: (N, C, H, W).
-    scale: range of the part's area, as a share of the image's. Each side is at most the image's.
-    """
-
-    def uniform(low, high):
-        return torch.empty(len(x), device=x.device).uniform_(low, high)
-
-    area, ratio = uniform(*sorted(scale)), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
-    width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
-    left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # of the centre
-    flip, zero = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(area)
-    # an affine map from the view's coordinates to the image's, both from -1 to 1
-    rows = torch.stack([width * flip, zero, left]), torch.stack([zero, height, top])
-    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), x.shape, align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
 def encoder_learns(config):
     return config.mode != "probe" and config.encoder_lr > 0
 
@@ -229,8 +209,8 @@ def make_optimizer(layers, encoder, config):
     if config.optimizer == "lars":
         return LARS(groups, **how)
     optimizer = torch.optim.SGD(groups, nesterov=config.nesterov, fused=True, **how)
+    # torch's fused SGD leaves the momentum uninitialised if the very first fp16 step overflows
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        # torch's fused SGD leaves it uninitialised if the very first fp16 step overflows
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -263,8 +243,8 @@ def train_linear(encoder, data, config, autocast, scaler):
             total += losses.detach() * len(rows)
         seconds, text = time.monotonic() - start, f"{len(layers)} learning rates"
         if len(layers) == 1:
-            row = {"epoch": epoch + 1, "loss": total.item() / len(y)}
-            row |= {"lr": config.lr[0] * lr_factor(config, epoch)}
+            lr, loss = config.lr[0] * lr_factor(config, epoch), total.item() / len(y)
+            row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
             row |= score(predict(encoder, layers[0], data.x_test, config, autocast), data.y_test)
             if not math.isfinite(row["loss"] + row["test_loss"]):
                 raise UserError("training diverged, the loss is not finite: lower --lr", 3)
@@ -340,7 +320,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torchvision
-from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
@@ -356,6 +335,24 @@ class UserError(Exception):
 
 
 # %% Image operations
+def random_crop(x, scale):
+    """A random part of each image, resized to the whole; half of them are flipped: (N, C, H, W).
+    scale: range of the part's area, as a share of the image's. Each side is at most the image's.
+    """
+
+    def uniform(low, high):
+        return torch.empty(len(x), device=x.device).uniform_(low, high)
+
+    area, ratio = uniform(*sorted(scale)), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+    width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
+    left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # of the centre
+    flip, zero = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(area)
+    # an affine map from the view's coordinates to the image's, both from -1 to 1
+    rows = torch.stack([width * flip, zero, left]), torch.stack([zero, height, top])
+    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
 def normalise(x, config):
     """Pixels in [0, 1] -> mean 0 and standard deviation 1, channels_last"""
     channels = zip(x.unbind(1), config.mean, config.std)
@@ -466,15 +463,6 @@ def write_atomic(path, content, previous=None):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path, checkpoint, previous=None):
-    """Write it atomically, with tensors on the CPU; UserError with 3 if one is not finite."""
-    checkpoint = tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
-    if not all(x.isfinite().all() for x in tree_leaves(checkpoint) if isinstance(x, torch.Tensor)):
-        raise UserError("training diverged, weights are not finite: lower --lr, --restart", 3)
-    torch.save(checkpoint, buffer := io.BytesIO())
-    write_atomic(path, buffer.getbuffer(), previous)
 
 
 def load_checkpoint(path):
@@ -753,7 +741,7 @@ def learn(encoder, data, config, device, dtype):
     more["correct"] = {k: round(result[k] * len(labels)) for k in ("top1", "top3", "top5")}
     per_class = [right[labels == c].double().mean().item() for c in range(logits.shape[1])]
     more["per_class"] = [None if math.isnan(x) else x for x in per_class]  # None: no image of it
-    learned = dict(encoder=encoder.state_dict(), classifier=classifier.state_dict())
+    learned = dict(encoder=encoder.cpu().state_dict(), classifier=classifier.cpu().state_dict())
     learned |= dict(history=history, result=result | more)
     return learned | dict(encoder_sha256=fingerprint(encoder))
 
@@ -765,9 +753,8 @@ def report(result, config):
     print(f"{top}, loss {loss:.4f} on {result['n_test']} images", flush=True)
     if config.epochs and loss > math.log(classes):
         guess = f"ln({classes}) = {math.log(classes):.2f}"
-        remedy = f"lower --lr, now {lr:g}, or train longer"
-        if config.mode == "probe":
-            remedy += f"; of several, --lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}, it takes the best"
+        several = f"--lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}"
+        remedy = f"lower --lr, now {lr:g} (a probe takes the best of several: {several})"
         print(f"warning: the test loss is above {guess}, guessing's: {remedy}", file=sys.stderr)
 
 
@@ -825,7 +812,8 @@ def measure(path, config):
     checkpoint = dict(format=FORMAT, kind="linear", **head, **learned, source=SOURCE)
     checkpoint |= dict(epoch=config.epochs, epochs=config.epochs, dim=encoder.dim)
     checkpoint |= dict(arch=saved["arch"], width=saved["width"])
-    save_checkpoint(out / "linear.pt", checkpoint)
+    torch.save(checkpoint, buffer := io.BytesIO())
+    write_atomic(out / "linear.pt", buffer.getbuffer())
     print(f"saved {out / 'linear.pt'}")
     return folder
 
