@@ -47,25 +47,18 @@ from torchvision.models import VisionTransformer, resnet
 # %% Config: each field becomes a flag --like-this, and its comment is the help text
 @dataclasses.dataclass
 class Config:
-    checkpoints: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
+    checkpoints: list = dataclasses.field(default_factory=list)  # folders or files [the newest run]
     # -- what to measure
     k: int = 200  # neighbours that vote
     temperature: float = 0.1  # T of the vote: the smaller, the more the nearest ones decide
     features: Literal["backbone", "head"] = "backbone"  # head: what the loss sees
     baseline: Literal["none", "pixels", "random"] = "none"  # measure this instead of the encoder
     watch: bool = False  # follow a run's folder: measure each new state until it is complete
-    watch_seconds: float = 5.0  # time between two looks into that folder
     # -- data ("" and 0: what the checkpoint names)
     data: str = ""  # cifar10, cifar100, svhn, stl10 or an .npz file
     data_dir: str = ""  # folder for downloads
     limit: int = 0  # number of training images in the bank, equally many of each class
     holdout: int = 0  # hold out this many training images and measure on them, not the test set
-    # -- baselines without a checkpoint
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
-    width: int = 64  # channels of its first stage
-    image_size: int = 32  # pixels; images of another size are resized
-    mean: tuple = (0.4914, 0.4822, 0.4465)  # per-channel mean of pixels in [0, 1]: CIFAR-10's
-    std: tuple = (0.2470, 0.2435, 0.2616)  # per-channel standard deviation
     # -- run
     out: str = ""  # folder for the results; "": the checkpoint's own
     seed: int = 0  # random seed of the untrained encoder
@@ -150,7 +143,7 @@ def map_features(h, labels, n=2000):
 # %% One measurement, and many while a run is under way
 def measure_knn(path, checkpoint, config):
     """Measure a checkpoint, read from path -> a row of the table, {file name: arrays to write}"""
-    start, data = time.monotonic(), find_data(path, checkpoint, config)
+    start, data = time.monotonic(), find_data(checkpoint, config)
     about, y_bank, y = data.about, data.y_train, data.y_test
     if not 1 <= config.k <= len(y_bank):
         raise UserError(f"--k {config.k}: must be from 1 to {len(y_bank)}, the images in the bank")
@@ -170,24 +163,25 @@ def measure_knn(path, checkpoint, config):
         what, epoch = checkpoint["method"], checkpoint["epoch"]
         seed = checkpoint["machine"]["seed"]
     features = "pixels" if what == "pixels" else config.features
-    row = dict(what=what, checkpoint=path and str(path), epoch=epoch, features=features)
+    row = dict(what=what, checkpoint=str(path), epoch=epoch, features=features)
     row |= dict(k=config.k, temperature=config.temperature, top1=correct / len(y), correct=correct)
     row |= dict(n_test=len(y), n_train=len(bank), data=about["name"])
     row |= dict(evaluated_on="holdout" if about["holdout"] else "test", data_sha256=about["sha256"])
-    row |= dict(machine=describe_machine(device, dtype, seed), seed=seed)
-    files = {}
+    row |= dict(seed=seed, device=str(device), precision=str(dtype), torch=str(torch.__version__))
+    files = {}  # for the figures
     if what == "random":
         files = {"map-random.npz": map_features(h, y)}
     elif features == "backbone":
         files = {"map.npz": map_features(h, y), "neighbours.npz": find_neighbours(h, bank, data)}
+    files = {name: arrays | {"epoch": epoch} for name, arrays in files.items()}
     return row | dict(seconds=time.monotonic() - start), files
 
 
-def watch(folder, config):
+def watch(folder):
     """Yield path, checkpoint for each new state of a run; the last one is pretrain.pt."""
     path = seen = None
     while not path or path.name != "pretrain.pt":
-        time.sleep(config.watch_seconds if seen else 0.1)
+        time.sleep(5 if seen else 0.1)
         try:
             path = find_checkpoint(folder)
             if (written := path.stat().st_mtime_ns) != seen:
@@ -204,10 +198,8 @@ import contextlib
 import ctypes
 import difflib
 import hashlib
-import io
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -219,7 +211,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torchvision
-from torch.utils.collect_env import run as ask
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
@@ -358,18 +349,12 @@ def stratified(labels, n, flag):
     return order[:n].sort().values, order[n:].sort().values
 
 
-def find_data(path, checkpoint, config):
+def find_data(checkpoint, config):
     """The images that a checkpoint was trained on, or those that the flags name instead."""
     flags = {k: v for k in "data data_dir limit holdout".split() if (v := getattr(config, k))}
     settings = checkpoint["config"] | checkpoint["data"] | flags
     source = config.data or settings.get("file", settings["name"])
-    try:
-        return load_data(source, SimpleNamespace(**settings))
-    except UserError as error:
-        if path and flags.keys() <= {"data_dir"}:
-            where = f"--data FILE.npz (a folder is cached in {settings['data_dir']}/)"
-            error.args = (f"{error}; {path} names it: if it has moved, pass {where}",)
-        raise
+    return load_data(source, SimpleNamespace(**settings))
 
 
 # %% Checkpoints
@@ -414,32 +399,31 @@ def find_checkpoint(path):
         if file.is_file():
             return file
     missing = "no pretrain.pt or last.pt in this folder" if path.is_dir() else "no such file"
-    raise UserError(f"{path}: {missing}")
+    raise UserError(f"{path}: {missing}; pretrain first")
+
+
+def newest_run():
+    """The finished run to take if none is named"""
+    files = sorted(Path("runs").rglob("pretrain.pt"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise UserError("pretrain first, or name at least one run folder or checkpoint")
+    print(f"no run is named: taking the newest one, {files[-1].parent}")
+    return files[-1].parent
 
 
 # %% Results
-HEADER = (
-    "method     epoch  features     k    top-1         correct images     bank  data, checkpoint"
-)
-LINE = "{what:<10} {epoch:>5}  {features:<8}  {k:>4}  {top1:>7.2%}  {correct:>6} of {n_test}"
-LINE += " {evaluated_on:<7} {n_train:>7}  {data}  {checkpoint}"
+HEADER = "method     epoch features    k    top-1     correct images    bank  data, checkpoint"
+LINE = "{what:<10} {epoch:>5} {features:<8} {k:>4}  {top1:>7.2%}  {correct:>6} of {n_test}"
+LINE += " {evaluated_on:<7} {n_train:>6}  {data}  {checkpoint}"
 SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
 
 
 def record(path, row):
     """Add a row to knn.jsonl, instead of an older one of the same measurement."""
-    if row["checkpoint"]:
-        row = row | {"checkpoint": os.path.relpath(row["checkpoint"], path.parent)}
-
-    def other(line):
-        try:
-            return any(json.loads(line).get(name) != row[name] for name in SAME)
-        except (ValueError, AttributeError):  # half a line, after a full disk for example
-            return True
-
-    lines = path.read_text().splitlines() if path.exists() else []
-    lines = [*filter(other, lines), json.dumps(row), ""]
-    write_atomic(path, "\n".join(lines).encode())
+    row = row | {"checkpoint": os.path.relpath(row["checkpoint"], path.parent)}
+    rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+    rows = [old for old in rows if any(old.get(name) != row[name] for name in SAME)]
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in (*rows, row)).encode())
 
 
 # %% Devices
@@ -467,18 +451,6 @@ def start_device(config):
                 ctypes.CDLL("libc.so.6").mallopt(*option)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
-
-
-def describe_machine(device, dtype, seed):
-    """What a result depends on, for the record"""
-    name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")[1] or platform.machine()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    folder = shlex.quote(os.path.dirname(globals().get("__file__", "")) or ".")
-    machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
-    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
-    machine |= dict(python=platform.python_version())
-    machine |= dict(commit=ask(f"git -C {folder} describe --always --dirty --abbrev=40")[1])
-    return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
 # %% Command line
@@ -549,23 +521,17 @@ def check_config(config):
 
 def find_states(config):
     """Check what the flags name, and yield path, checkpoint for each thing to measure."""
-    paths, baseline = [Path(path) for path in config.checkpoints], config.baseline != "none"
-    if not paths and not baseline:
-        raise UserError("name run folders or checkpoints, such as runs/moco, or a --baseline")
-    if baseline and (config.watch or config.features == "head"):
+    if config.baseline != "none" and (config.watch or config.features == "head"):
         raise UserError("--baseline cannot be combined with --watch or --features head")
-    if config.watch and (len(paths) != 1 or not paths[0].is_dir()):
-        raise UserError(f"--watch follows the folder of one run, not {config.checkpoints}")
-    if config.watch:
+    paths = [Path(path) for path in config.checkpoints or [newest_run()]]
+    if not config.watch:
+        for path in [find_checkpoint(path) for path in paths]:
+            yield path, load_checkpoint(path)
+    elif len(paths) > 1 or not paths[0].is_dir():
+        raise UserError(f"--watch follows the folder of one run, not {shlex.join(map(str, paths))}")
+    else:
         print(f"following {paths[0]}/ until it has pretrain.pt; Ctrl-C stops", flush=True)
-        yield from watch(paths[0], config)
-    for path in [find_checkpoint(path) for path in paths if not config.watch]:
-        yield path, load_checkpoint(path)
-    if not paths and config.arch == "vit-tiny" and config.image_size != 32:
-        raise UserError(f"--image-size {config.image_size}: --arch vit-tiny needs 32")
-    if not paths:
-        named = dict(data="", data_dir="data", limit=0, holdout=0)
-        yield None, vars(config) | dict(config=named, data=vars(config) | {"name": "cifar10"})
+        yield from watch(paths[0])
 
 
 def main(argv=None):
@@ -574,24 +540,21 @@ def main(argv=None):
     try:
         config = parse_config(argv)
         for path, checkpoint in find_states(config):
-            if folder := Path(config.out) if config.out else path and path.parent:
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()  # fails now, not after the work
+            folder = Path(config.out) if config.out else path.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # fails now, not after the work
             row, arrays = measure_knn(path, checkpoint, config)
-            print(
-                *[] if folders else [HEADER],
-                LINE.format(**row | {"checkpoint": path or "-"}),
-                sep="\n",
-                flush=True,
-            )
+            if not folders:
+                if (k := checkpoint["config"].get("knn_k", config.k)) != config.k:
+                    print(f"note: this is with k = {config.k}; the log of pretraining has k = {k}")
+                print(HEADER)
+            print(LINE.format(**row), flush=True)
             folders.append(str(folder))
-            for name in arrays if folder else ():
-                if config.out or not path.name.startswith("epoch"):  # figures show the newest state
-                    np.savez(buffer := io.BytesIO(), epoch=row["epoch"], **arrays[name])
-                    write_atomic(folder / name, buffer.getbuffer())
-            if folder:
-                record(folder / "knn.jsonl", row)
-        if config.baseline == "none" and not config.out:
+            if config.out or not path.name.startswith("epoch"):  # figures show the newest state
+                for name, found in arrays.items():
+                    write_atomic(folder / name, lambda file, found=found: np.savez(file, **found))
+            record(folder / "knn.jsonl", row)
+        if not config.out:
             print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
         return 0
     except UserError as error:

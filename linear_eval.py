@@ -7,13 +7,12 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
     images --encoder (frozen, eval mode)--> features (N, D) --linear--> logits --> cross-entropy
              computed once                                    ^ the only thing that learns
 
-No learning rate suits every encoder: the gradient of the layer grows with the features, so larger
-features need a smaller rate. MoCo's own probe uses 30 (for ImageNet), which suits the synthetic
-shapes of `make demo`. On CIFAR-10 it is mostly too high: the weights jump about and the logits grow
-huge. A SimCLR encoder, 5,000 images: 34.6% at rate 30, with a test loss of 22.6 where guessing has
-ln 10 = 2.3, but 39.6% at 0.3. So by default eight rates are tried side by side on 90% of the
-training images. The one that is best on the other 10% then trains a new layer on all of them.
-Recipes that follow a paper or report keep its rate.
+No learning rate suits every encoder: larger features make larger gradients and need a smaller rate.
+MoCo's own probe uses 30 on ImageNet. That suits the synthetic shapes of `make demo`, but is usually
+too high on CIFAR-10: the weights jump about, and the logits (the class scores) grow huge. A SimCLR
+encoder, 5,000 images: 34.6% at rate 30, with a test loss of 22.6 where guessing gives ln 10 = 2.3,
+but 39.6% at 0.3. So by default eight rates are tried side by side on 90% of the training images,
+and the best one on the other 10% trains a new layer on all. Recipes of a paper keep its rate.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 
@@ -21,9 +20,9 @@ Two more modes ask other questions. Quoting their accuracies as "linear" is a co
     finetune    all weights learn, starting from the checkpoint: is it a good place to start?
     supervised  all weights learn, starting untrained: what do the labels alone give?
 
-With --labels 0.1 each mode learns from the same tenth of the labels. The accuracy reported is that
-of the last epoch on the test set; nothing is chosen by looking at it. To compare settings, pretrain
-with --holdout 5000: those images replace the test set. Of 10 classes, top-5 is 50% by chance.
+With --labels 0.1 each mode learns from the same tenth of the labels. Accuracies are those of the
+last epoch on the test set, and nothing is chosen by them: to compare settings, pretrain with
+--holdout 5000. Top-5: the label is among the five largest logits; of 10 classes, 50% by chance.
 
     python linear_eval.py runs/moco                     # the best of eight learning rates
     python linear_eval.py runs/moco --recipe demo       # MoCo's own probe, learning rate 30
@@ -49,7 +48,7 @@ from torchvision.models import VisionTransformer, resnet
 # %% Config: each field becomes a flag --like-this, and its comment the help text
 @dataclasses.dataclass
 class Config:
-    checkpoints: list = dataclasses.field(default_factory=list)  # run folders or checkpoint files
+    checkpoints: list = dataclasses.field(default_factory=list)  # folders or files [the newest run]
     # -- what to measure
     mode: Literal["probe", "finetune", "supervised"] = "probe"  # what learns, see above
     init: Literal["pretrained", "random"] = "pretrained"  # random: an untrained encoder, to compare
@@ -87,14 +86,13 @@ WITH_LABELS |= dict(nesterov=True, weight_decay=5e-4)
 SEMI = dict(mode="finetune", lr=(5e-2,), batch_size=256, nesterov=True, lr_decay=0.2, augment=True)
 
 RECIPES = {
-    "default": {},  # as below, with the best of several learning rates
+    "default": {},  # Config as it stands: the best of several learning rates
     "demo": dict(lr=(30.0,)),  # MoCo's own linear probe (MoCo v1, sec. 4.1)
     # "Fine-tuning Momentum Contrast on Image Classification"; its schedule is not stated
     "report": dict(lr=(10.0,), batch_size=128),
     # Fast-MoCo, supplementary, Table 2
     "fast-moco": dict(optimizer="lars", lr=(0.8,), batch_size=4096, epochs=90, schedule="cosine"),
-    # "Contrastive Self-Supervised Image Classification using SimCLR": "a similar training setup" to
-    # that of the pretraining; for both modes
+    # "Contrastive Self-Supervised Image Classification using SimCLR": "a similar training setup"
     "simclr-report": dict(labels=0.1, epochs=50, batch_size=200, augment=True)
     | dict(optimizer="adam", lr=(1e-3,), weight_decay=1e-5, lr_decay=1.0),
     "semi-1": SEMI | dict(labels=0.01, epochs=60, encoder_lr=0.0),
@@ -154,9 +152,7 @@ def features_of(encoder, x, config, autocast):
     """Features (N, D) of a training batch: images (N, 3, H, W) uint8, or already features (N, D)"""
     if x.ndim == 2:
         return x
-    x = x / 255
-    if config.augment:
-        x = sometimes(0.5, horizontal_flip, random_resized_crop(x, config.crop_scale))
+    x = random_crop(x / 255, config.crop_scale) if config.augment else x / 255
     with autocast():  # no gradient reaches a frozen encoder: load_encoder() has seen to that
         return encoder(normalise(x, config)).float()
 
@@ -209,12 +205,16 @@ def make_optimizer(layers, encoder, config):
     if encoder_learns(config):
         encoder.requires_grad_(True)
         groups.append(dict(params=encoder.parameters(), lr=config.encoder_lr * config.lr[0]))
-    decay, momentum = config.weight_decay, config.sgd_momentum
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, weight_decay=decay)
+        return torch.optim.Adam(groups, weight_decay=config.weight_decay, fused=True)
+    how = dict(lr=config.lr[0], momentum=config.sgd_momentum, weight_decay=config.weight_decay)
     if config.optimizer == "lars":
-        return LARS(groups, lr=config.lr[0], momentum=momentum, weight_decay=decay)
-    return torch.optim.SGD(groups, momentum=momentum, weight_decay=decay, nesterov=config.nesterov)
+        return LARS(groups, **how)
+    optimizer = torch.optim.SGD(groups, nesterov=config.nesterov, fused=True, **how)
+    # torch's fused SGD leaves the momentum uninitialised if the very first fp16 step overflows
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def train_linear(encoder, data, config, autocast, scaler):
@@ -245,8 +245,8 @@ def train_linear(encoder, data, config, autocast, scaler):
             total += losses.detach() * len(rows)
         seconds, text = time.monotonic() - start, f"{len(layers)} learning rates"
         if len(layers) == 1:
-            row = {"epoch": epoch + 1, "loss": total.item() / len(y)}
-            row |= {"lr": config.lr[0] * lr_factor(config, epoch)}
+            lr, loss = config.lr[0] * lr_factor(config, epoch), total.item() / len(y)
+            row = {"epoch": epoch + 1, "loss": loss, "lr": lr}
             row |= score(predict(encoder, layers[0], data.x_test, config, autocast), data.y_test)
             if not math.isfinite(row["loss"] + row["test_loss"]):
                 raise UserError("training diverged, the loss is not finite: lower --lr", 3)
@@ -321,11 +321,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch.distributed as dist
 import torchvision
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.collect_env import run as ask
-from torchvision.transforms.v2.functional import horizontal_flip_image as horizontal_flip
 from tqdm import tqdm
 
 FORMAT = "contrastive-cifar/1"
@@ -343,48 +340,23 @@ class UserError(Exception):
         self.code = code
 
 
-# %% Image operations: batches (N, C, H, W) in [0, 1], random numbers for each image
-def uniform(low, high, x, *shape):
-    """Random numbers for each image of x, (N, *shape), drawn for the images of all processes: the
-    views don't depend on their number.
+# %% Image operations
+def random_crop(x, scale):
+    """A random part of each image, resized to the whole; half of them are flipped: (N, C, H, W).
+    scale: range of the part's area, as a share of the image's. Each side is at most the image's.
     """
-    n = len(x) * process_count()
-    return shard(torch.empty(n, *shape, device=x.device).uniform_(low, high))
 
+    def uniform(low, high):
+        return torch.empty(len(x), device=x.device).uniform_(low, high)
 
-def sometimes(p, change, x):
-    """Change each image with probability p."""
-    return torch.where(uniform(0, 1, x, 1, 1, 1) < p, change(x), x) if p else x
-
-
-def random_resized_crop(x, scale):
-    """torchvision's RandomResizedCrop: a random part of each image, resized to the whole. Its area
-    is uniform in scale, its log aspect ratio too; of ten tries the first that fits, or everything.
-    """
-    size = x.shape[-1]
-    area = size**2 * uniform(*sorted(scale), x, 10)  # (N, 10)
-    ratio = uniform(math.log(3 / 4), math.log(4 / 3), x, 10).exp()
-    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()  # (2, N, 10)
-    fits = ((sides > 0) & (sides <= size)).all(0)  # (N, 10)
-    first = fits.int().argmax(1).expand(2, len(x))[..., None]
-    height, width = sides = torch.where(fits.any(1), sides.gather(2, first)[..., 0], size)  # (N,)
-    top, left = (uniform(0, 1, x, 2).T * (size + 1 - sides)).floor()
-    return separable(x, interpolation(top, height, size), interpolation(left, width, size))
-
-
-def interpolation(start, length, size):
-    """Matrices (N, size, size) that resize pixels start...start + length to size, bilinearly"""
-    pixel = torch.arange(size, device=start.device)
-    position = ((pixel + 0.5) * length[:, None] / size - 0.5).clamp(min=0)
-    position = start[:, None] + torch.minimum(position, length[:, None] - 1)
-    return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)
-
-
-def separable(x, rows, columns):
-    """rows @ x @ columns.T in each channel: (N, C, h, w), (N, H, h), (N, W, w) -> (N, C, H, W)"""
-    x = x.flatten(1, 2) @ columns.mT  # (N, C*h, W)
-    x = rows @ x.unflatten(1, (-1, rows.shape[2])).transpose(1, 2).flatten(2)  # (N, H, C*W)
-    return x.unflatten(2, (-1, columns.shape[1])).transpose(1, 2)
+    area, ratio = uniform(*sorted(scale)), uniform(math.log(3 / 4), math.log(4 / 3)).exp()
+    width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
+    left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)  # of the centre
+    flip, zero = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0), torch.zeros_like(area)
+    # an affine map from the view's coordinates to the image's, both from -1 to 1
+    rows = torch.stack([width * flip, zero, left]), torch.stack([zero, height, top])
+    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def normalise(x, config):
@@ -499,15 +471,6 @@ def write_atomic(path, content, previous=None):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, checkpoint, previous=None):
-    """Write it atomically, with tensors on the CPU; UserError with 3 if one is not finite."""
-    checkpoint = tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
-    if not all(x.isfinite().all() for x in tree_leaves(checkpoint) if isinstance(x, torch.Tensor)):
-        raise UserError("training diverged, weights are not finite: lower --lr, --restart", 3)
-    torch.save(checkpoint, buffer := io.BytesIO())
-    write_atomic(path, buffer.getbuffer(), previous)
-
-
 def load_checkpoint(path):
     """The checkpoint in a file -> dict, on the CPU; UserError if it isn't a whole one"""
     needed = set("method epoch epochs config data arch width dim encoder".split())
@@ -532,7 +495,16 @@ def find_checkpoint(path):
         if file.is_file():
             return file
     missing = "no pretrain.pt or last.pt in this folder" if path.is_dir() else "no such file"
-    raise UserError(f"{path}: {missing}")
+    raise UserError(f"{path}: {missing}; pretrain first")
+
+
+def newest_run():
+    """The finished run to take if none is named"""
+    files = sorted(Path("runs").rglob("pretrain.pt"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise UserError("pretrain first, or name at least one run folder or checkpoint")
+    print(f"no run is named: taking the newest one, {files[-1].parent}")
+    return files[-1].parent
 
 
 # %% Devices
@@ -560,15 +532,6 @@ def start_device(config):
                 ctypes.CDLL("libc.so.6").mallopt(*option)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
-
-
-def process_count():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def shard(batch):
-    """This process's rows of the whole batch"""
-    return batch.chunk(process_count())[dist.get_rank()] if dist.is_initialized() else batch
 
 
 def describe_machine(device, dtype, seed):
@@ -658,7 +621,8 @@ def load_encoder(file, seed=None):
     torch.manual_seed(seed or 0)
     encoder = build_encoder(checkpoint["arch"], checkpoint["width"])
     try:
-        encoder.load_state_dict(encoder.state_dict() if seed is not None else checkpoint["encoder"])
+        if seed is None:
+            encoder.load_state_dict(checkpoint["encoder"])
     except (RuntimeError, TypeError, AttributeError):
         shape = f"{checkpoint['arch']} of width {checkpoint['width']}"
         raise UserError(f"{file}: its weights are not those of a {shape}") from None
@@ -693,9 +657,6 @@ def read_data(source, config, sha256):
     """The images whose labels are used, and if there are several learning rates, the indices of
     those `held` out to choose one. sha256: what the images must have, if that is known
     """
-    if Path(source).is_dir():
-        file = f"the .npz file in {config.data_dir}/ that pretraining made of it"
-        raise UserError(f"--data {source}: is a folder; name {file}")
     data = load_data(source, config)
     if sha256 not in (None, data.about["sha256"]):
         why = "these are not the images of the pretraining (another sha256)"
@@ -733,13 +694,12 @@ def output_folder(file, kind, config):
 
 def find_kept(path, every, last):
     """The checkpoints of every so many epochs, those before the last one"""
-    files = [file for file in Path(path).glob("epoch*.pt") if file.stem[5:].isdecimal()]
-    files = {int(file.stem[5:]): file for file in files}
-    epochs = [e for e in sorted(files) if every and e < last and e % every == 0]
-    if every and not epochs:
+    epochs = range(every, last, every) if every else ()
+    files = [file for e in epochs if (file := Path(path) / f"epoch{e:04d}.pt").exists()]
+    if every and not files:
         why = f"--probe-every {every}: no checkpoint of such an epoch in {path}"
         raise UserError(f"{why}; it takes the folder of a run pretrained with --keep-every")
-    return [files[e] for e in epochs]
+    return files
 
 
 def read_along(path, head):
@@ -750,6 +710,13 @@ def read_along(path, head):
         return {row["epoch"]: row for row in rows if same}
     except (OSError, LookupError, TypeError, ValueError):  # none yet, or not one of ours
         return {}
+
+
+def read_finished(path, head):
+    """The result in a linear.pt if it was measured with all that is in head, else None"""
+    with contextlib.suppress(UserError):
+        saved = load_checkpoint(path)
+        return saved["result"] if all(saved.get(key) == head[key] for key in head) else None
 
 
 def write_rows(path, rows):
@@ -775,7 +742,7 @@ def learn(encoder, data, config, device, dtype):
     more["correct"] = {k: round(result[k] * len(labels)) for k in ("top1", "top3", "top5")}
     per_class = [right[labels == c].double().mean().item() for c in range(logits.shape[1])]
     more["per_class"] = [None if math.isnan(x) else x for x in per_class]  # None: no image of it
-    learned = dict(encoder=encoder.state_dict(), classifier=classifier.state_dict())
+    learned = dict(encoder=encoder.cpu().state_dict(), classifier=classifier.cpu().state_dict())
     learned |= dict(history=history, result=result | more)
     return learned | dict(encoder_sha256=fingerprint(encoder))
 
@@ -787,9 +754,8 @@ def report(result, config):
     print(f"{top}, loss {loss:.4f} on {result['n_test']} images", flush=True)
     if config.epochs and loss > math.log(classes):
         guess = f"ln({classes}) = {math.log(classes):.2f}"
-        remedy = f"lower --lr, now {lr:g}, or train longer"
-        if config.mode == "probe":
-            remedy += f"; of several, --lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}, it takes the best"
+        several = f"--lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}"
+        remedy = f"lower --lr, now {lr:g} (a probe takes the best of several: {several})"
         print(f"warning: the test loss is above {guess}, guessing's: {remedy}", file=sys.stderr)
 
 
@@ -798,42 +764,47 @@ def measure(path, config):
     file = find_checkpoint(path)
     seed = config.seed if config.init == "random" else None  # of an untrained encoder
     saved, _ = load_encoder(file, seed)
+    if "train_state" in saved:
+        state = f"{file} is of epoch {saved['epoch']} of {saved['epochs']}"
+        print(f"warning: {state}; for the final result, pretrain first", file=sys.stderr)
     about, before = saved["data"], saved["config"]
     own = dict(data=about["name"], limit=before["limit"], holdout=about["holdout"])
     given = {key: getattr(config, key) or own[key] for key in own}
     config = dataclasses.replace(config, **given, data_dir=config.data_dir or before["data_dir"])
     device, dtype = start_device(config)
     kept = find_kept(path, config.probe_every, saved["epoch"])
-    pixels = {key: about[key] for key in ("image_size", "mean", "std")}
-    settings = SimpleNamespace(**dataclasses.asdict(config), **pixels)
+    settings = SimpleNamespace(**about | vars(config))  # with size, mean and std of the images
     source = about.get("file", about["name"]) if config.data == about["name"] else config.data
     data = read_data(source, settings, about.get("sha256") if given == own else None)
-    for each in kept:
-        load_encoder(each, seed)  # a damaged one shows before the training
     out = output_folder(file, saved.get("kind"), config)
+    folder = str(file.parent if file.parent in (out, *out.parents) else out)
 
     method = "random" if config.init == "random" else saved["method"]
     method = "supervised" if config.mode == "supervised" else method
-    head = dict(method=method, config=dataclasses.asdict(config), data=data.about)
+    head = dict(method=method, config=vars(config), data=data.about)
     along = read_along(out / "along.jsonl", head)  # what an earlier command has measured
     for each in [*kept, file]:
         saved, encoder = load_encoder(each, seed)
         encoder = encoder.to(device, memory_format=torch.channels_last)
         mark, epoch, start = fingerprint(encoder), saved["epoch"], time.monotonic()
+        pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
+        head["pretrain"] = pretrain | {"encoder_sha256": mark}
         if each != file and along.get(epoch, {}).get("encoder_sha256") == mark:
             continue
+        done = None if kept else read_finished(out / "linear.pt", head | {"source": SOURCE})
+        if done:
+            report(done, config)
+            print(f"already measured: to measure again, delete {out / 'linear.pt'}")
+            return folder
         what = f"{method}, epoch {epoch} of {saved['epochs']}" if seed is None else "untrained"
-        what += ", pretraining unfinished" if "train_state" in saved else ""
         where = f"{data.labels['n_labels']} images of {config.data}"
         print(f"{config.mode} of {saved['arch']} ({what}) on {where}", flush=True)
-        machine = describe_machine(device, dtype, config.seed)
+        head["machine"] = machine = describe_machine(device, dtype, config.seed)
         learned = learn(encoder, data, settings, device, dtype)
         machine["seconds"], result = time.monotonic() - start, learned["result"]
         if learned["encoder_sha256"] != mark and not encoder_learns(config):
             raise UserError("the encoder has changed, so this was no probe; please report it", 3)
         report(result, config)
-        pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
-        head |= dict(pretrain=pretrain, machine=machine)
         if kept:
             row = {k: result[k] for k in "lr top1 top3 top5 test_loss correct n_test".split()}
             along[epoch] = {"epoch": epoch, **row, "encoder_sha256": mark}
@@ -842,29 +813,24 @@ def measure(path, config):
     checkpoint = dict(format=FORMAT, kind="linear", **head, **learned, source=SOURCE)
     checkpoint |= dict(epoch=config.epochs, epochs=config.epochs, dim=encoder.dim)
     checkpoint |= dict(arch=saved["arch"], width=saved["width"])
-    save_checkpoint(out / "linear.pt", checkpoint)
+    torch.save(checkpoint, buffer := io.BytesIO())
+    write_atomic(out / "linear.pt", buffer.getbuffer())
     print(f"saved {out / 'linear.pt'}")
-    return str(file.parent if file.parent in (out, *out.parents) else out)
+    return folder
 
 
 def check_together(config):
     """UserError if settings do not go together."""
-    why = None
-    if not config.checkpoints:
-        why = "name at least one run folder or checkpoint, for example runs/moco"
-    elif config.out and len(config.checkpoints) > 1:
-        why = "--out goes with one checkpoint; without it each result lies beside its own"
-    elif max(config.labels, config.lr_decay) > 1:
-        why = "--labels and --lr-decay must be at most 1"
-    elif len(config.lr) > 1 and config.mode != "probe":
-        why = "--lr: several learning rates need --mode probe"
-    elif config.nesterov and not config.sgd_momentum:
-        why = "--nesterov: there is no momentum with --sgd-momentum 0"
-    elif config.mode == "supervised" and not config.encoder_lr:
-        why = "--encoder-lr 0: --mode supervised would learn nothing but the last layer"
-    elif config.probe_every and config.init == "random":
-        why = "--probe-every: an untrained encoder has no epochs"
-    if why:
+    supervised, random = config.mode == "supervised", config.init == "random"
+    wrong = {
+        "--out goes with one checkpoint": config.out and len(config.checkpoints) > 1,
+        "--labels and --lr-decay must be at most 1": max(config.labels, config.lr_decay) > 1,
+        "--lr: several need --mode probe": len(config.lr) > 1 and config.mode != "probe",
+        "--nesterov needs --sgd-momentum": config.nesterov and not config.sgd_momentum,
+        "--encoder-lr 0: needs --mode finetune": supervised and not config.encoder_lr,
+        "--probe-every: an untrained encoder has no epochs": config.probe_every and random,
+    }
+    for why in (why for why in wrong if wrong[why]):
         raise UserError(why)
 
 
@@ -875,7 +841,7 @@ def main(argv=None):
         if config.mode == "supervised":
             config.init = "random"
         check_together(config)
-        folders = [measure(path, config) for path in config.checkpoints]
+        folders = [measure(path, config) for path in config.checkpoints or [newest_run()]]
         print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
         return 0
     except UserError as error:

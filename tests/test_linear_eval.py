@@ -6,8 +6,10 @@ import copy
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -337,16 +339,55 @@ def test_init_random_end_to_end(pretrained, tmp_path):
     }
 
 
-def test_the_augmentation_is_a_random_crop_and_half_of_them_flipped(spy):
-    """What the operations do is tested where the pretraining scripts' augmentation is."""
-    crops, flips = spy(linear_eval, "random_resized_crop"), spy(linear_eval, "sometimes")
-    images, seen = torch.randint(0, 256, (400, 3, 4, 4), dtype=torch.uint8), []
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.5), (1.0, 0.2)])
+def test_a_view_is_a_random_part_of_the_image_and_half_of_them_are_flipped(scale):
+    """Of images whose pixels hold their own coordinates, a view tells which part it shows."""
+    size, n = 32, 4000
+    at = (torch.arange(size) + 0.5) / size  # of the pixels' centres; the image is from 0 to 1
+    image = torch.stack([at.expand(size, size), at[:, None].expand(size, size)])
+    x, y = linear_eval.random_crop(image.expand(n, 2, size, size), scale).unbind(1)
+    flipped = x[:, 0, -1] < x[:, 0, 0]
+    assert flipped.double().mean() == pytest.approx(0.5, abs=0.03)
+    x = torch.where(flipped[:, None, None], x.flip(2), x)
+    # pixels in the middle, for at the image's border a pixel repeats half of itself
+    width, height = (size * (v[:, 16, 16] - v[:, 15, 15]) for v in (x, y))
+    left, top = x.mean((1, 2)) - width / 2, y.mean((1, 2)) - height / 2
+    columns, rows = (v[:, None] + w[:, None] * at for v, w in ((left, width), (top, height)))
+    inside = slice(1, -1)  # a view is bilinear: the same row of coordinates everywhere
+    close(x[:, inside, inside], columns[:, None, inside].expand(n, 30, 30), 0.01)
+    close(y[:, inside, inside], rows[:, inside, None].expand(n, 30, 30), 0.01)
+    for start, length in ((left, width), (top, height)):
+        assert (start > -0.01).all() and (start + length < 1.01).all()
+        place = (start / (1 - length))[length < 0.9]  # anywhere, from one border to the other
+        assert place.mean() == pytest.approx(0.5, abs=0.03) and place.std() > 0.27
+    area, free = width * height, torch.maximum(width, height) < 0.99
+    low, high = sorted(scale)
+    assert (area < high + 0.01).all() and (area[free] > low - 0.01).all()
+    ratio = (width / height).log()
+    assert ratio.abs().max() < math.log(4 / 3) + 0.01 and abs(ratio.mean()) < 0.02
+    if high < 1:
+        assert ratio.std() == pytest.approx(math.log(16 / 9) / 12**0.5, rel=0.05)
+    else:
+        assert area.mean() == pytest.approx((low + high) / 2, abs=0.03)
+
+
+def test_images_of_a_batch_get_different_views_that_follow_from_the_seed():
+    images = torch.rand(1, 3, 8, 8).expand(9, 3, 8, 8)
+    one, two, again = (
+        torch.manual_seed(s) and linear_eval.random_crop(images, (0.2, 0.5)) for s in (1, 2, 1)
+    )
+    assert len({view.numpy().tobytes() for view in one}) == 9
+    assert torch.equal(one, again) and not torch.equal(one, two)
+
+
+def test_the_encoder_sees_the_views_normalised(spy):
+    crops, seen = spy(linear_eval, "random_crop"), []
+    images = torch.randint(0, 256, (40, 3, 4, 4), dtype=torch.uint8)
     config = settings(augment=True, crop_scale=(0.3, 0.9))
     linear_eval.features_of(lambda x: seen.append(x) or x, images, config, fp32)
-    ((pixels, scale), cropped), ((p, flip, before), views) = crops[0], flips[0]
+    ((pixels, scale), views) = crops[0]
     close(pixels, images / 255, 0)
-    assert scale == (0.3, 0.9) and (p, flip) == (0.5, linear_eval.horizontal_flip)
-    assert before is cropped and seen[0] is not views
+    assert scale == (0.3, 0.9)
     close(seen[0], (views - 0.5) / 0.5, 1e-6)
 
 
@@ -486,6 +527,39 @@ def test_finetuning_is_training_everything_each_part_at_its_rate(pretrained, ima
         assert torch.allclose(value, right[name], atol=2e-5), name
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_an_overflow_in_the_first_fp16_step_changes_nothing(pretrained, kind):
+    """fused=True spares fp16 a wait in each step. torch's fused SGD then leaves the momentum
+    uninitialised if the first step is skipped; here such memory is filled with NaN.
+    """
+    _, encoder = load_encoder(pretrained / "pretrain.pt")
+    layer, torch_is = nn.Linear(encoder.dim, 10), torch.utils.deterministic
+    config = settings(mode="finetune", optimizer=kind, lr=(0.1,))
+    optimizer = linear_eval.make_optimizer([layer], encoder, config)
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler, before = torch.amp.GradScaler("cpu"), [p.detach().clone() for p in learned]
+
+    def step():
+        optimizer.zero_grad()
+        scaler.scale(layer(encoder(torch.rand(4, 3, 16, 16))).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert torch_is.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        scaler.scale(torch.zeros(()))  # makes the scale, which overflows in the first step
+        scaler._scale.fill_(math.inf)
+        step()
+        assert all(torch.equal(p, old) for p, old in zip(learned, before))
+        scaler._scale.fill_(1.0)
+        step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(p.isfinite().all() for p in learned)
+    assert not any(torch.equal(p, old) for p, old in zip(learned[:2], before))
+
+
 def test_finetuning_changes_every_tensor_of_the_encoder(probe, pretrained, tmp_path):
     before = read(pretrained / "pretrain.pt")["encoder"]
     saved = probe("--mode", "finetune", folder=tmp_path)
@@ -518,7 +592,7 @@ def test_each_mode_learns_with_the_recipe_of_its_name(probe, mode):
 
 @pytest.mark.parametrize("flags", [["--mode", "finetune"], ["--augment"]])  # one by its recipe
 def test_the_augmentation_is_drawn_anew_for_each_batch(probe, spy, flags):
-    views = spy(linear_eval, "random_resized_crop")
+    views = spy(linear_eval, "random_crop")
     probe(*flags, "--crop-scale", "0.3,0.9")
     assert [len(x) for (x, _), _ in views] == [50, 50, 20] * 3
     assert views[0][0][1] == (0.3, 0.9)
@@ -917,10 +991,15 @@ def test_along_with_finetuning_goes_into_its_folder(kept):
     assert not (kept / "linear.pt").exists() and (kept / "finetune" / "linear.pt").exists()
 
 
-def test_a_kept_checkpoint_that_is_damaged_is_found_before_the_training(kept, refused):
-    (kept / "epoch0004.pt").write_bytes((kept / "epoch0004.pt").read_bytes()[:9000])
-    refused(linear_eval.main, [kept, "--probe-every", "2", *SHORT], "epoch0004.pt")
-    assert not (kept / "along.jsonl").exists()
+def test_a_kept_checkpoint_that_is_damaged_costs_nothing_measured(kept, capsys):
+    whole = (kept / "epoch0004.pt").read_bytes()
+    (kept / "epoch0004.pt").write_bytes(whole[:9000])
+    assert linear_eval.main([str(kept), "--probe-every", "2", *SHORT]) == 2
+    assert "epoch0004.pt: not a readable checkpoint" in capsys.readouterr().err
+    assert not (kept / "linear.pt").exists()
+    (kept / "epoch0004.pt").write_bytes(whole)
+    rows, trained = along(kept)
+    assert [row["epoch"] for row in rows] == [2, 4, 6] and trained == 2
 
 
 # -- what it refuses: one line, code 2
@@ -982,11 +1061,12 @@ def test_the_file_that_the_checkpoint_names_is_read_whatever_data_said(pretraine
     assert linear_eval.main([str(run / "linear.pt"), *SHORT]) == 0
 
 
-def test_a_folder_is_not_read_but_its_npz_is_asked_for(pretrained, tmp_path, refused):
+def test_a_folder_is_not_read_but_an_npz_is_asked_for(pretrained, tmp_path, refused):
     """By --data, and from a checkpoint so old that it doesn't name the file"""
     run = described(pretrained, tmp_path / "run", name=str(tmp_path), file=None)
-    refused(linear_eval.main, [run, *SHORT], "that pretraining made of it")
-    refused(linear_eval.main, [pretrained, "--data", tmp_path, *SHORT], "is a folder")
+    refused(linear_eval.main, [run, *SHORT], "an .npz file")
+    line = refused(linear_eval.main, [pretrained, "--data", tmp_path, *SHORT], "an .npz file")
+    assert "Is a directory" in line
 
 
 def test_an_older_checkpoint_names_its_file_in_name(pretrained, tiny_npz, tmp_path):
@@ -1024,8 +1104,56 @@ def test_it_says_that_pretraining_is_not_finished(pretrained, tmp_path, capsys, 
     run = place(pretrained, tmp_path / "run", epochs=9, **{"train_state": {}} if says else {})
     (run / "pretrain.pt").rename(run / name)
     assert linear_eval.main([str(run), *SHORT]) == 0
-    text = capsys.readouterr().out
-    assert "epoch 2 of 9" in text and ("pretraining unfinished" in text) == says
+    text = capsys.readouterr()
+    assert "epoch 2 of 9" in text.out and ("epoch 2 of 9" in text.err) == says
+    assert ("pretrain first" in text.err) == says
+
+
+def test_a_folder_without_a_run_says_to_pretrain_first(tmp_path, refused):
+    refused(linear_eval.main, [tmp_path], "pretrain first")
+
+
+def test_without_a_run_the_newest_is_taken(pretrained, tmp_path, capsys, monkeypatch, refused):
+    """As when the script is pasted into a notebook, unedited"""
+    monkeypatch.chdir(tmp_path)
+    refused(linear_eval.main, [], "pretrain first")
+    Path("runs").mkdir()
+    for i, name in enumerate(("new", "old", "unfinished")):
+        file = place(pretrained, Path("runs") / name) / "pretrain.pt"
+        os.utime(file, (1e9 - i, 1e9 - i))
+    file.rename("runs/unfinished/last.pt")
+    assert linear_eval.main(SHORT) == 0
+    assert capsys.readouterr().out.startswith("no run is named: taking the newest one, runs/new\n")
+    assert [str(file) for file in Path().rglob("linear.pt")] == ["runs/new/linear.pt"]
+
+
+@pytest.mark.parametrize("mode", ["probe", "finetune"])
+def test_the_same_command_again_repeats_the_result(pretrained, tmp_path, capsys, spy, mode):
+    """Without training; with another setting, seed, encoder or script it measures anew."""
+    run, trainings = place(pretrained, tmp_path / "run"), spy(linear_eval, "learn")
+    out = run if mode == "probe" else run / mode
+
+    def measure(*flags):
+        trainings.clear()
+        assert linear_eval.main([str(run), "--mode", mode, *SHORT, *flags]) == 0
+        return len(trainings), capsys.readouterr().out.splitlines()
+
+    once, first = measure("--lr", "1")
+    before = (out / "linear.pt").read_bytes()
+    again, second = measure("--lr", "1")
+    assert (once, again) == (1, 0) and (out / "linear.pt").read_bytes() == before
+    said = [line for line in first if line.startswith("top-1")]
+    assert said == second[:1] and "already measured" in second[1] and len(second) == 3
+    assert first[-1] == second[-1]  # what to run next
+    assert measure("--lr", "2")[0] == measure("--lr", "2", "--seed", "1")[0] == 1
+    assert measure("--lr", "2", "--seed", "1")[0] == 0
+    saved = read(out / "linear.pt")
+    torch.save(saved | {"source": "older"}, out / "linear.pt")
+    assert measure("--lr", "2", "--seed", "1")[0] == 1
+    (out / "linear.pt").write_bytes(b"damaged")
+    assert measure("--lr", "2", "--seed", "1")[0] == 1
+    place(pretrained, run, encoder=load_encoder(run / "pretrain.pt", 5)[1].state_dict())
+    assert measure("--lr", "2", "--seed", "1")[0] == 1
 
 
 def test_without_a_terminal_a_line_every_ten_epochs_tells_the_time_left(probe, capsys):
