@@ -8,11 +8,10 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
              computed once                                    ^ the only thing that learns
 
 No learning rate suits every encoder: larger features make larger gradients and need a smaller rate.
-MoCo's own probe uses 30 on ImageNet. That suits the synthetic shapes of `make demo`, but is usually
-too high on CIFAR-10: the weights jump about, and the logits (the class scores) grow huge. A SimCLR
-encoder, 5,000 images: 34.6% at rate 30, with a test loss of 22.6 where guessing gives ln 10 = 2.3,
-but 39.6% at 0.3. So by default eight rates are tried side by side on 90% of the training images,
-and the best one on the other 10% trains a new layer on all. Recipes of a paper keep its rate.
+MoCo's own probe uses 30. That suits the synthetic shapes of `make demo`, but is mostly too high on
+CIFAR-10, where the logits (class scores) grow huge. A SimCLR encoder, 5,000 images: 34.6% at 30, at
+a test loss of 22.6 (guessing: ln 10 = 2.3), and 39.6% at 0.3. So by default eight rates are tried
+on 90% of the training images, and the best on the other 10% trains a new layer on all.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 
@@ -229,7 +228,6 @@ def train_linear(encoder, data, config, autocast, scaler):
     layers = nn.ModuleList(copy.deepcopy(layer) for _ in config.lr)
     optimizer = make_optimizer(layers, encoder, config)
     initial = [group["lr"] for group in optimizer.param_groups]
-
     encoder.train(encoder_learns(config))  # frozen: eval mode, so that batch norm stays as it is
     for epoch in (bar := tqdm(range(config.epochs), config.mode, unit="epoch", disable=None)):
         for group, lr in zip(optimizer.param_groups, initial):
@@ -473,13 +471,13 @@ def write_atomic(path, content, previous=None):
 
 def load_checkpoint(path):
     """The checkpoint in a file -> dict, on the CPU; UserError if it isn't a whole one"""
-    needed = set("method epoch epochs config data arch width dim encoder".split())
+    needed = set("format method epoch epochs config data arch width dim encoder".split())
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT or not needed <= checkpoint.keys():
+        if not needed <= dict(checkpoint).keys() or checkpoint["format"] != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
     except Exception as error:  # a foreign file can raise anything
         why = error if type(error) in (ValueError, FileNotFoundError) else type(error).__name__

@@ -624,13 +624,13 @@ def save_checkpoint(path, checkpoint, previous=None):
 
 def load_checkpoint(path):
     """The checkpoint in a file -> dict, on the CPU; UserError if it isn't a whole one"""
-    needed = set("method epoch epochs config data arch width dim encoder".split())
+    needed = set("format method epoch epochs config data arch width dim encoder".split())
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load doesn't look at the checksums
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT or not needed <= checkpoint.keys():
+        if not needed <= dict(checkpoint).keys() or checkpoint["format"] != FORMAT:
             raise ValueError(f"not of format {FORMAT}")
     except Exception as error:  # a foreign file can raise anything
         why = error if type(error) in (ValueError, FileNotFoundError) else type(error).__name__
@@ -1071,7 +1071,7 @@ def describe_epoch(row, epochs):
 # %% Command line
 POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
     temperature bn_splits knn_k batch_size""".split()
-SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum labels lr_decay".split()
 
 
 class Parser(argparse.ArgumentParser):

@@ -225,12 +225,6 @@ def test_knn_monitor_takes_it(trained, tmp_path, capsys, name, flags):
     assert row["n_test"] == 60 and 0 <= row["top1"] <= 1
 
 
-def test_knn_monitor_measures_it_untrained_without_a_checkpoint(tiny_npz, capsys):
-    flags = ["--baseline", "random", "--arch", "vit-tiny", "--width", "4", "--k", "5"]
-    assert knn_monitor.main([*flags, "--data", str(tiny_npz), "--device", "cpu"]) == 0
-    assert "random" in capsys.readouterr().out
-
-
 @each_script
 def test_figures_are_drawn(trained, tmp_path, capsys, name):
     assert plots.main([str(trained(name)[0]), "--out", str(tmp_path)]) == 0, capsys.readouterr()
@@ -265,11 +259,6 @@ def test_what_it_is_not_for_is_refused(line, tiny_npz, tmp_path, refused):
     where = ["--data", tiny_npz, "--out", tmp_path / "run"]
     refused(script.main, [*COMMON, *where, *flags], REFUSED[line])
     assert not (tmp_path / "run").exists()
-
-
-def test_knn_monitor_refuses_another_size(tiny_npz, refused):
-    flags = ["--baseline", "random", "--arch", "vit-tiny", "--image-size", "16", "--data", tiny_npz]
-    refused(knn_monitor.main, flags, "--image-size 16: --arch vit-tiny needs 32")
 
 
 def test_the_weights_of_a_resnet_are_refused(pretrained, tmp_path, refused):
