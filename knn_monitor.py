@@ -2,17 +2,17 @@
 
 A feature is the vector h that the encoder makes of an image. A test image is classified by the k
 training images whose features are most similar to its own: each votes for its label, and the more
-similar it is, the more its vote counts.
+similar it is, the more its vote counts. How much more, the temperature T sets.
 
     M training images --encoder--> bank: their features, D numbers each, computed once
                                    |
     test image --encoder--> h --> cosine similarity s with each row, from -1 to 1
                                    --> the k largest vote exp(s / T) each --> the largest sum wins
 
-There is no learning rate to choose and no luck: one pass over the images shows at any epoch whether
-a run is getting anywhere. The loss does not: its value depends on the number of negatives, the
-temperature and the augmentation, and it can rise while the features get better. A linear probe
-can weight the features anew and usually scores higher; k-NN takes the distances as they are.
+There is no learning rate to choose and nothing is random: one pass over the images shows at any
+epoch whether a run is improving. The loss doesn't: its value depends on the number of negatives,
+its own temperature and the augmentation, and it can rise while the features get better. A linear
+probe can reweight the features and usually scores higher; k-NN takes the distances as they are.
 
 Results can be compared only if they were measured alike, so each one carries its protocol:
  - features: here h, from the backbone (512 numbers in ResNet-18). Pretraining puts a small head
@@ -20,7 +20,7 @@ Results can be compared only if they were measured alike, so each one carries it
    128 numbers; --features head does too.
  - k = 200 and T = 0.1 here and in the MoCo demo; T = 0.07 in Wu et al. 2018 (arXiv:1805.01978).
  - epoch: here the checkpoint's own, so the last. lightly's table has the best epoch *on the test
-   set*, which is higher by luck alone. To choose something, choose it on --holdout images.
+   set*, which is higher by chance alone. To choose something, choose it on --holdout images.
  - images as they are, neither cropped nor jittered, with batch norm in eval mode.
 And no number means much alone: --baseline pixels compares the images themselves, --baseline random
 the features of an encoder that has learned nothing.
@@ -412,8 +412,8 @@ def newest_run():
 
 
 # %% Results
-HEADER = "method     epoch features    k    top-1     correct images    bank  data, checkpoint"
-LINE = "{what:<10} {epoch:>5} {features:<8} {k:>4}  {top1:>7.2%}  {correct:>6} of {n_test}"
+HEADER = "method     epoch  features    k    top-1     correct images    bank  data, checkpoint"
+LINE = "{what:<10} {epoch:>5}  {features:<8} {k:>4}  {top1:>7.2%}  {correct:>6} of {n_test}"
 LINE += " {evaluated_on:<7} {n_train:>6}  {data}  {checkpoint}"
 SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
 
