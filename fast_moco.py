@@ -1140,7 +1140,7 @@ def describe_epoch(row, epochs):
 # %% Command line
 POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
     temperature bn_splits knn_k batch_size""".split()
-SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum labels lr_decay".split()
 
 
 class Parser(argparse.ArgumentParser):

@@ -497,7 +497,7 @@ def parse_config(argv=None):
 
 POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
     temperature bn_splits knn_k batch_size""".split()
-SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum labels lr_decay".split()
 
 
 def check_config(config):

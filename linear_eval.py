@@ -547,7 +547,7 @@ def describe_machine(device, dtype, seed):
 # %% Command line
 POSITIVE = """image_size std width head_hidden predictor_hidden dim grid parts_combined queue_size
     temperature bn_splits knn_k batch_size""".split()
-SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum".split()
+SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum labels lr_decay".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -822,7 +822,6 @@ def check_together(config):
     supervised, random = config.mode == "supervised", config.init == "random"
     wrong = {
         "--out goes with one checkpoint": config.out and len(config.checkpoints) > 1,
-        "--labels and --lr-decay must be at most 1": max(config.labels, config.lr_decay) > 1,
         "--lr: several need --mode probe": len(config.lr) > 1 and config.mode != "probe",
         "--nesterov needs --sgd-momentum": config.nesterov and not config.sgd_momentum,
         "--encoder-lr 0: needs --mode finetune": supervised and not config.encoder_lr,
