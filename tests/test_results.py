@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,19 @@ def test_pictures_are_drawn_from_results(name):
     """If not: run tools/results.py."""
     mark = results.fingerprint(name, results.published())
     assert results.mark_in(ROOT / "docs" / name) == mark
+
+
+def test_comparisons_are_made_from_results(tmp_path):
+    """If not: run tools/results.py."""
+    shutil.copy(ROOT / "docs/ablations.md", tmp_path)
+    pictures = [ROOT / f"docs/ablation-{stem}.png" for stem in results.comparisons()]
+    assert pictures
+    for path in pictures:
+        assert f"]({path.name})" in (tmp_path / "ablations.md").read_text()
+        shutil.copy(path, tmp_path)
+    before = [(path.name, path.stat().st_mtime_ns) for path in sorted(tmp_path.iterdir())]
+    results.rebuild_comparisons(tmp_path)  # writes what is out of date
+    assert before == [(path.name, path.stat().st_mtime_ns) for path in sorted(tmp_path.iterdir())]
 
 
 def test_readme_shows_at_most_six_rows_with_their_commands():

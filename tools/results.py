@@ -2,6 +2,7 @@
 and docs/results.md, and the pictures in docs/.
 
     python tools/results.py runs/NAME [...] --data "CIFAR-10"
+    python tools/results.py runs/ablate-NAME-SCALE/* --ablation NAME   # into docs/ablations.md
     python tools/results.py                     # only rebuild the tables and pictures
 
 A file holds settings, machine, hashes, every epoch, and accuracies as whole numbers of images. No
@@ -410,6 +411,52 @@ def mark_in(path):
         return image.text.get("Description")
 
 
+# %% Comparisons: of each run, what tools/report.py needs for the table and the figure
+def collect_comparison(name, folders):
+    runs = []
+    for run in map(plots.read_run, folders):
+        found = {key: getattr(run, key) for key in "method label dataset epoch epochs".split()}
+        found |= dict(name=run.name, config=without(run.config, report.LOCAL[1:]))
+        found |= dict(history=run.history[-1:], knn=[plots.knn_of(run)])
+        probes = {n: e for n, e in run.evaluations.items() if e.result}
+        found["evaluations"] = {
+            n: dict(mode=e.mode, init=e.init, labels=e.labels, result={"top1": e.result["top1"]})
+            for n, e in probes.items()
+        }
+        runs.append(found | dict(machine=run.base["machine"]))
+    return dict(comparison=name, runs=runs)
+
+
+def comparisons(folder=ROOT / "results" / "comparisons"):
+    """-> {name of the file: name of the comparison, {setting: its runs}}"""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        saved = json.loads(file.read_text())
+        runs = [SimpleNamespace(**run, path=run["name"]) for run in saved["runs"]]
+        for run in runs:
+            probes = run.evaluations.items()
+            run.evaluations = {name: SimpleNamespace(**probe) for name, probe in probes}
+        found[file.stem] = saved["comparison"], report.group_runs(saved["comparison"], runs)
+    return found
+
+
+def rebuild_comparisons(folder=ROOT / "docs"):
+    """Their tables in docs/ablations.md, <!-- NAME -->, and figures docs/ablation-NAME.png"""
+    text = page = (folder / "ablations.md").read_text()
+    for stem, (name, groups) in comparisons().items():
+        table = report.ablation_table(name, groups)
+        before, _, rest = text.partition(f"<!-- {stem} -->")
+        text = f"{before}<!-- {stem} -->\n{table}\n<!-- /{stem} -->"
+        text += rest.partition(f"<!-- /{stem} -->")[2]
+        picture, mark = folder / f"ablation-{stem}.png", hashlib.sha256(table.encode()).hexdigest()
+        if not picture.exists() or mark_in(picture) != mark:
+            with matplotlib.rc_context(plots.STYLE):
+                figure = report.draw_ablation_figure(name, groups)
+                figure.savefig(picture, dpi=100, metadata={"Description": mark})
+    if text != page:
+        (folder / "ablations.md").write_text(text)
+
+
 # %% From the tables to the pages
 def rebuild(text, names, results):
     """A page's text with the tables between its markers made anew"""
@@ -426,12 +473,19 @@ if __name__ == "__main__":
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     parser.add_argument("--data", help="what to call the images: a file's name means nothing")
+    parser.add_argument("--ablation", help="the runs are those of one comparison")
     args = parser.parse_args()
-    if args.runs and not args.data:
+    if args.ablation:
+        stem = args.runs[0].resolve().parent.name.removeprefix("ablate-")
+        file = ROOT / "results" / "comparisons" / f"{stem}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(collect_comparison(args.ablation, args.runs)) + "\n")
+    elif args.runs and not args.data:
         parser.error("say with --data what the images are")
-    for run in args.runs:
+    for run in args.runs if args.data else ():
         file = ROOT / "results" / f"{run.name}.json"
         file.write_text(json.dumps(collect(run, args.data), indent=1) + "\n")
     for page, names in PAGES.items():
         (ROOT / page).write_text(rebuild((ROOT / page).read_text(), names, published()))
     draw_pictures(published())
+    rebuild_comparisons()
