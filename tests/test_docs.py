@@ -103,8 +103,10 @@ def test_command(name, command):
 
 
 def test_diff_shows_the_methods_and_no_plumbing():
+    quiet = dict(cwd=ROOT, capture_output=True, text=True)
+
     def diff(*names):
-        make = subprocess.run(["make", "diff", *names], cwd=ROOT, capture_output=True, text=True)
+        make = subprocess.run(["make", "--no-print-directory", "diff", *names], **quiet)
         return make.returncode, make.stdout
 
     code, text = diff("A=moco_cifar", "B=simclr")

@@ -258,6 +258,7 @@ def test_the_names_in_the_last_table_exist():
 def test_the_solved_lesson_runs_in_a_kernel(tmp_path, monkeypatch):
     """From an upload into one folder, as in Colab, with 2 steps on 600 images"""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # set by make
     for name in ("moco_cifar.py", "notebooks/lesson_checks.py", "tools/make_shapes.py"):
         shutil.copy(ROOT / name, tmp_path)
     small = {
