@@ -41,6 +41,13 @@ def test_comparisons_are_made_from_results(tmp_path):
     assert before == [(path.name, path.stat().st_mtime_ns) for path in sorted(tmp_path.iterdir())]
 
 
+def test_what_the_jpeg_copy_is_worth_is_as_measured():
+    rows = json.loads((ROOT / "results/jpeg-copy.json").read_text())["knn"]
+    original, copy = (f"{row['correct'] / row['n_test']:.2%}" for row in rows.values())
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"{original} k-NN accuracy on the originals and {copy} on the copy" in text
+
+
 def test_readme_shows_at_most_six_rows_with_their_commands():
     table = results.table_of_best(results.published())
     assert (
