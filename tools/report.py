@@ -91,13 +91,13 @@ def mean_history(runs):
 def measured(run):
     """-> {what: its value}, in percent and minutes, of what was measured"""
     knn, last = knn_of(run).get("top1"), run.history[-1]
-    found = {"loss (nats)": last["loss"], "minutes": last["seconds"] / 60}
+    found = {"loss (nats)": last["loss"]}
     found |= {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
     for e in run.evaluations.values():
         if (e.mode, e.init) == ("probe", "pretrained") and e.result:
             few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
             found[f"probe top-1{few} (%)"] = 100 * e.result["top1"]
-    return found
+    return found | ({"minutes": last["seconds"] / 60} if "seconds" in last else {})
 
 
 def columns_of(name, groups):

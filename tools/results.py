@@ -417,7 +417,8 @@ def collect_comparison(name, folders):
     for run in map(plots.read_run, folders):
         found = {key: getattr(run, key) for key in "method label dataset epoch epochs".split()}
         found |= dict(name=run.name, config=without(run.config, report.LOCAL[1:]))
-        found |= dict(history=run.history[-1:], knn=[plots.knn_of(run)])
+        last = without(run.history[-1], ["seconds"])  # taken beside other runs, so worth nothing
+        found |= dict(history=[last], knn=[plots.knn_of(run)])
         probes = {n: e for n, e in run.evaluations.items() if e.result}
         found["evaluations"] = {
             n: dict(mode=e.mode, init=e.init, labels=e.labels, result={"top1": e.result["top1"]})
