@@ -62,7 +62,7 @@ class Config:
     blur: float = 0.0  # probability of a Gaussian blur (0.5 in the paper, on ImageNet)
     # -- model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
-    width: int = 64  # channels of its first stage
+    width: int = 64  # channels of its first stage; of vit-tiny: of each of its 3 heads
     head_hidden: int = 2048  # units of the projector's two hidden layers
     dim: int = 2048  # C, the size of the vectors that are compared
     predictor_hidden: int = 512  # units of the predictor's hidden layer

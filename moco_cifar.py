@@ -60,7 +60,7 @@ class Config:
     blur: float = 0.0  # probability of a Gaussian blur ("aug+" of MoCo v2: 0.5)
     # -- model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
-    width: int = 64  # channels of its first stage
+    width: int = 64  # channels of its first stage; of vit-tiny: of each of its 3 heads
     head: Literal["linear", "mlp"] = "linear"  # v1: one layer; v2: two, with a ReLU between
     head_hidden: int = 2048  # hidden units of the mlp head (MoCo v2, sec. 3)
     dim: int = 128  # C, the size of queries and keys

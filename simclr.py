@@ -61,7 +61,7 @@ class Config:
     blur: float = 0.0  # probability of a Gaussian blur
     # -- model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
-    width: int = 64  # channels of its first stage
+    width: int = 64  # channels of its first stage; of vit-tiny: of each of its 3 heads
     head: Literal["linear", "mlp"] = "mlp"  # the projector: one layer or two (sec. 4.2)
     head_hidden: int = 1024  # units of its hidden layer
     dim: int = 128  # C, the size of the vectors that are compared
