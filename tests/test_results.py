@@ -78,6 +78,10 @@ def test_result_of_a_run(pretrained):
     assert {"device", "torch", "threads", "commit", "seed", "seconds"} <= set(result["machine"])
     assert all(len(result[key]) == 64 for key in ("data_sha256", "checkpoint_sha256"))
     json.dumps(result)
+    assert "seconds" in json.dumps(result["history"])
+    result = results.collect(pretrained, "synthetic colours", minutes=False)
+    assert "seconds" not in json.dumps([result["history"], result["machine"]])
+    assert results.cells_of([result])["minutes"] == "" and not results.curve_of([result])
 
 
 def row(seed, correct, method="moco", **more):
@@ -208,3 +212,10 @@ def test_a_picture_of_many_runs_stays_readable():
     assert len({*names}) == len(names) == 6 + 1 + 6, "curves, raw pixels, untrained encoders"
     first = [line.get_color() for axes in figure.axes for line in axes.lines[:6]]
     assert len({*first[:6]}) == 6, "six curves, six colours"
+
+
+def test_the_reports_figures_stand_beside_the_same_share_of_labels():
+    lines = results.table_of_labels(results.published()).splitlines()
+    for line in lines[2:]:
+        labels, printed = (cell.strip() for cell in (line.split("|")[6], line.split("|")[-2]))
+        assert bool(printed) == (labels in ("10%", "100%")), line

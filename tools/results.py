@@ -63,7 +63,7 @@ def evaluation(linear):
     return linear["result"] | how
 
 
-def collect(run, data):
+def collect(run, data, minutes=True):
     """Everything worth keeping of a run's folder -> a plain dict"""
     checkpoint = load(run / "pretrain.pt")
     if checkpoint is None:
@@ -90,7 +90,11 @@ def collect(run, data):
             more = dict(along=along) if along else {}
             result["evaluations"][path.parent.name] = evaluation(load(path)) | more
     result["knn"] = [without(row, ("checkpoint", "data")) for row in rows_of(run / "knn.jsonl")]
-    return result | dict(history=checkpoint["history"])
+    result["history"] = checkpoint["history"]
+    if not minutes:
+        result["history"] = [without(row, ["seconds"]) for row in result["history"]]
+        result["machine"] = without(result["machine"], ["seconds"])
+    return result
 
 
 def published(folder=ROOT / "results"):
@@ -162,6 +166,7 @@ def machine_of(result):
 def cells_of(group):
     """What tables say of a group, by column"""
     run, config, name = group[0], group[0]["config"], group[0]["method"]
+    seconds = [run["machine"]["seconds"] for run in group if "seconds" in run["machine"]]
     if name == "fast-moco":  # which of its variants
         name += f", {config['framework']}" if config["framework"] != "moco" else ""
         name += f", {config['encode']}" if config["encode"] != "divide-combine" else ""
@@ -175,7 +180,7 @@ def cells_of(group):
         "probe %": show(probe(group)),
         "pixels k-NN %": show(knn(group, "pixels")),
         "untrained k-NN %": show(knn(group, "random")),
-        "minutes": f"{statistics.median(run['machine']['seconds'] for run in group) / 60:.1f}",
+        "minutes": f"{statistics.median(seconds) / 60:.1f}" if seconds else "",
         "machine": machine_of(run),
         "date": run["machine"]["started"][:10],
         "commit": run["machine"]["commit"][:7],
@@ -260,7 +265,8 @@ def table_of_labels(results):
                 for k in (1, 3):
                     values = [each["correct"][f"top{k}"] / each["n_test"] for each in found]
                     row[f"top-{k} %"] = show(values)
-                rows.append(row | {"the report, ResNet-50": LABELS[kind][1]})
+                printed = LABELS[kind][1] if share in ("0.1", "1") else ""  # none for other shares
+                rows.append(row | {"the report, ResNet-50": printed})
     return markdown(rows)
 
 
@@ -475,6 +481,8 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
     parser.add_argument("--data", help="what to call the images: a file's name means nothing")
     parser.add_argument("--ablation", help="the runs are those of one comparison")
+    busy = "leave the minutes out, because the machine had other work or the run was paused"
+    parser.add_argument("--no-minutes", action="store_true", help=busy)
     args = parser.parse_args()
     if args.ablation:
         stem = args.runs[0].resolve().parent.name.removeprefix("ablate-")
@@ -485,7 +493,8 @@ if __name__ == "__main__":
         parser.error("say with --data what the images are")
     for run in args.runs if args.data else ():
         file = ROOT / "results" / f"{run.name}.json"
-        file.write_text(json.dumps(collect(run, args.data), indent=1) + "\n")
+        result = collect(run, args.data, not args.no_minutes)
+        file.write_text(json.dumps(result, indent=1) + "\n")
     for page, names in PAGES.items():
         (ROOT / page).write_text(rebuild((ROOT / page).read_text(), names, published()))
     draw_pictures(published())
