@@ -226,15 +226,15 @@ class MoCo(nn.Module):
         self.encoder_q = nn.Sequential(backbone, nn.Sequential(*head))
         if config.mechanism == "moco":
             self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        # a memory bank keeps a key for every image
-        size = n_images if config.mechanism == "memory-bank" else config.queue_size
-        self.queue = Queue(size, config.dim)
+        bank = config.mechanism == "memory-bank"  # which keeps a key for every image
+        self.queue = Queue(n_images if bank else config.queue_size, config.dim)
 
     def encode_shuffled(self, encoder, images):
         """ShuffleBN (sec. 3.3): a key meets other images in its batch-norm group than its query."""
-        draw = torch.randperm if self.config.shuffle else torch.arange
-        order = draw(self.config.batch_size, device=images.device)  # of the whole batch
-        return gather(unit(encoder(shard(gather(images)[order]))))[order.argsort()]  # (N, C)
+        images, draw = gather(images), torch.randperm if self.config.shuffle else torch.arange
+        order = draw(len(images), device=images.device)
+        k = unit(encoder(shard(images[order])))
+        return gather(k)[order.argsort()]  # (N, C)
 
     def contrast(self, im_q, im_k):
         """-> loss of the queries of im_q against the keys of im_k and the queue; the keys (N, C)"""
