@@ -815,7 +815,7 @@ class Run:
         """Move the model to the device, take the folder, and resume from the state in it, if any.
 
         online: the part that learns, [0] its encoder and [1] its head; chance: the loss of
-        guessing; clip: the largest norm of the gradient, 0: any -> the optimizer to use
+        guessing; clip: the largest norm of the gradient, 0: no limit -> the optimizer to use
         """
         self.model = model.to(self.device, memory_format=torch.channels_last)
         if self.config.compile:
@@ -834,9 +834,8 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            steps = (
-                f"steps {self.step} to {self.config.epochs * self.steps}, {self.steps} per epoch"
-            )
+            total = self.config.epochs * self.steps
+            steps = f"steps {self.step} to {total}, {self.steps} per epoch"
             print(f"{steps}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 
@@ -950,7 +949,8 @@ class Run:
             raise UserError("stopped at once; the same command resumes from the last save", 130)
         self.signal = number
         with contextlib.suppress(RuntimeError):  # raised if it interrupts another print
-            print("stopping after this step; a second time stops at once", flush=True)
+            if self.is_main:
+                print("stopping after this step; a second time stops at once", flush=True)
 
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
@@ -973,7 +973,7 @@ class Run:
                 began = time.monotonic()
             elif self.step == warm + 20 and self.is_main:
                 minutes = (time.monotonic() - began) / 20 * (total - self.step) / 60
-                self.bar.write(f"about {minutes:.0f} min to go")
+                self.bar.write(f"about {minutes:.1f} min to go")
             if self.step % 10 == 0 or i + 1 == self.steps:
                 self.sync_statistics()
             if i + 1 == self.steps:
@@ -1051,16 +1051,16 @@ class Run:
         """Say once, in a line, that learning seems to fail."""
         row, knn = self.history[-1], [r["knn_top1"] for r in self.history if "knn_top1" in r][-4:]
         falling = len(knn) == 4 and knn == sorted(set(knn))[::-1] and knn[0] > knn[3] + 0.01
+        stuck = row["loss"] > 0.99 * self.about["chance"]
+        early = row["epoch"] <= 2 + getattr(self.config, "warmup_epochs", 0)
         signs = {
-            "the loss is still at chance: try another --lr": row["loss"]
-            > 0.99 * self.about["chance"],
+            "the loss is still at chance: try another --lr": stuck,
             "the features have collapsed: all images get the same": row["spread"] < 0.1,
             "the k-NN accuracy has fallen three times in a row": falling,
         }
-        if row["epoch"] > 2 + getattr(self.config, "warmup_epochs", 0):
-            for sign in {sign for sign, seen in signs.items() if seen} - self.warned:
-                self.bar.write(f"warning: {sign}", file=sys.stderr)
-                self.warned.add(sign)
+        for sign in {s for s, seen in signs.items() if seen and not early} - self.warned:
+            self.bar.write(f"warning: {sign}", file=sys.stderr)
+            self.warned.add(sign)
 
 
 def describe_epoch(row, epochs):
