@@ -194,8 +194,6 @@ def watch(folder):
 
 # ---- plumbing: the same in every script, nothing about the method below this line ----
 import argparse
-import contextlib
-import ctypes
 import difflib
 import hashlib
 import json
@@ -223,15 +221,16 @@ class UserError(Exception):
 
     def __init__(self, message, code=2):
         message = " ".join(str(message).split())
-        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
-        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
+        if NOTEBOOK:  # which has fields of Config instead of flags
+            message = re.sub(r"--([\w-]*\w)", lambda m: f"Config.{m[1].replace('-', '_')}", message)
+        super().__init__(message)
         self.code = code
 
 
 # %% The encoder and the head, as a checkpoint holds them
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     """A ResNet for small images (SimCLR, B.9) or a ViT: (N, 3, H, W) -> features (N, encoder.dim).
-    Layers have torchvision's names; width: channels of the first stage, doubled in each further.
+    Layers have torchvision's names; width: channels of the first stage, doubled in each later one.
     """
     if arch == "vit-tiny":  # 32x32 images, 4x4 patches, 6 layers, 3 heads of `width` channels
         net = VisionTransformer(32, 4, 6, 3, hidden_dim=3 * width, mlp_dim=12 * width)
@@ -343,8 +342,8 @@ def stratified(labels, n, flag):
     """A fixed choice of n images, equally many per class -> their indices, and the others'"""
     if not n <= len(labels) - (flag == "--holdout"):
         raise UserError(f"{flag} {n}: there are only {len(labels)} training images")
-    order, count = labels.argsort(stable=True), labels.bincount()
-    place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
+    order = labels.argsort(stable=True)
+    place = torch.cat([torch.arange(count) for count in labels.bincount()])  # within its class
     order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
     return order[:n].sort().values, order[n:].sort().values
 
@@ -354,7 +353,11 @@ def find_data(checkpoint, config):
     flags = {k: v for k in "data data_dir limit holdout".split() if (v := getattr(config, k))}
     settings = checkpoint["config"] | checkpoint["data"] | flags
     source = config.data or settings.get("file", settings["name"])
-    return load_data(source, SimpleNamespace(**settings))
+    data, before = load_data(source, SimpleNamespace(**settings)), checkpoint["data"].get("sha256")
+    if not flags.keys() - {"data_dir"} and before not in (None, data.about["sha256"]):
+        why = "these are not the images of the pretraining (another sha256)"
+        raise UserError(f"{source}: {why}; restore them, or name others with --data")
+    return data
 
 
 # %% Checkpoints
@@ -445,10 +448,6 @@ def start_device(config):
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
         fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
-        with contextlib.suppress(OSError, AttributeError):  # another system, another library
-            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
-                ctypes.CDLL("libc.so.6").mallopt(*option)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
 
@@ -456,8 +455,8 @@ def start_device(config):
 # %% Command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
         hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
         raise UserError(f"{message} ({hint})")
 
@@ -504,12 +503,14 @@ def check_config(config):
     """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        values, choices = value if kind is tuple else [value], typing.get_args(kind)
-        least, most = 1e-9 if name in POSITIVE else 0, 1 if name in SHARES else 2**31 - 1
+        several, choices = isinstance(value, list | tuple), typing.get_args(kind)
+        values = value if several else [value]
+        least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
+        most = 1 if name in SHARES else 2**31 - 1
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
-        elif kind is tuple and name != "lr" and len(value) != len(field.default):
-            must = f"{len(field.default)} numbers"
+        elif kind is tuple and len(values) != len(field.default) and (name != "lr" or not several):
+            must = f"numbers, such as {field.default}"
         elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
             must = f"from {least} to {most}"
         else:
@@ -559,7 +560,10 @@ def main(argv=None):
         return 0
     except UserError as error:
         message, code = error, error.code
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and "DefaultCPUAllocator" not in str(error):
+            raise
         message, code = "out of memory: lower --limit, or use --device cpu", 2
     except OSError as error:
         message, code = f"{error}: name another folder with --out", 4 if folders else 2

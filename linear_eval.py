@@ -9,9 +9,9 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
 
 No learning rate suits every encoder: larger features make larger gradients and need a smaller rate.
 MoCo's own probe uses 30. That suits the synthetic shapes of `make demo`, but is mostly too high on
-CIFAR-10, where the logits (class scores) grow huge. A SimCLR encoder, 5,000 images: 34.6% at 30, at
-a test loss of 22.6 (guessing: ln 10 = 2.3), and 39.6% at 0.3. So by default eight rates are tried
-on 90% of the training images, and the best on the other 10% trains a new layer on all.
+CIFAR-10: the logits (class scores) grow huge, and the test loss exceeds that of guessing, ln 10.
+So by default eight rates are tried on 90% of the training images, and the best on the other 10%
+trains a new layer on all.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 
@@ -81,7 +81,7 @@ class Config:
 # usual for training a ResNet on CIFAR with labels
 WITH_LABELS = dict(augment=True, crop_scale=(0.2, 1.0), batch_size=128, schedule="cosine")
 WITH_LABELS |= dict(nesterov=True, weight_decay=5e-4)
-# Fast-MoCo, supplementary B.3. Its exponents are garbled ("5e2"): read as 5e-2 and 1e-6
+# Fast-MoCo, supplementary B.3. Its "5e2", the classifier's learning rate, is read as 5e-2
 SEMI = dict(mode="finetune", lr=(5e-2,), batch_size=256, nesterov=True, lr_decay=0.2, augment=True)
 
 RECIPES = {
@@ -105,7 +105,7 @@ RECIPES = {
 # %% The encoder, as it comes out of a checkpoint
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     """A ResNet for small images (SimCLR, B.9) or a ViT: (N, 3, H, W) -> features (N, encoder.dim).
-    Layers have torchvision's names; width: channels of the first stage, doubled in each further.
+    Layers have torchvision's names; width: channels of the first stage, doubled in each later one.
     """
     if arch == "vit-tiny":  # 32x32 images, 4x4 patches, 6 layers, 3 heads of `width` channels
         net = VisionTransformer(32, 4, 6, 3, hidden_dim=3 * width, mlp_dim=12 * width)
@@ -164,7 +164,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call: fast on a GPU.
+    Each torch._foreach_ function treats all tensors of a list in one call: 25 calls, not 564.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -333,8 +333,9 @@ class UserError(Exception):
 
     def __init__(self, message, code=2):
         message = " ".join(str(message).split())
-        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
-        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
+        if NOTEBOOK:  # which has fields of Config instead of flags
+            message = re.sub(r"--([\w-]*\w)", lambda m: f"Config.{m[1].replace('-', '_')}", message)
+        super().__init__(message)
         self.code = code
 
 
@@ -432,8 +433,8 @@ def stratified(labels, n, flag):
     """A fixed choice of n images, equally many per class -> their indices, and the others'"""
     if not n <= len(labels) - (flag == "--holdout"):
         raise UserError(f"{flag} {n}: there are only {len(labels)} training images")
-    order, count = labels.argsort(stable=True), labels.bincount()
-    place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
+    order = labels.argsort(stable=True)
+    place = torch.cat([torch.arange(count) for count in labels.bincount()])  # within its class
     order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
     return order[:n].sort().values, order[n:].sort().values
 
@@ -524,10 +525,6 @@ def start_device(config):
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
         fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
-        with contextlib.suppress(OSError, AttributeError):  # another system, another library
-            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
-                ctypes.CDLL("libc.so.6").mallopt(*option)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
 
@@ -552,8 +549,8 @@ SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum labels lr_d
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
         hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
         raise UserError(f"{message} ({hint})")
 
@@ -595,12 +592,14 @@ def check_config(config):
     """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        values, choices = value if kind is tuple else [value], typing.get_args(kind)
-        least, most = 1e-9 if name in POSITIVE else 0, 1 if name in SHARES else 2**31 - 1
+        several, choices = isinstance(value, list | tuple), typing.get_args(kind)
+        values = value if several else [value]
+        least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
+        most = 1 if name in SHARES else 2**31 - 1
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
-        elif kind is tuple and name != "lr" and len(value) != len(field.default):
-            must = f"{len(field.default)} numbers"
+        elif kind is tuple and len(values) != len(field.default) and (name != "lr" or not several):
+            must = f"numbers, such as {field.default}"
         elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
             must = f"from {least} to {most}"
         else:
@@ -770,6 +769,10 @@ def measure(path, config):
     given = {key: getattr(config, key) or own[key] for key in own}
     config = dataclasses.replace(config, **given, data_dir=config.data_dir or before["data_dir"])
     device, dtype = start_device(config)
+    # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
+    with contextlib.suppress(OSError, AttributeError):  # another system, another library
+        for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
+            ctypes.CDLL("libc.so.6").mallopt(*option)
     kept = find_kept(path, config.probe_every, saved["epoch"])
     settings = SimpleNamespace(**about | vars(config))  # with size, mean and std of the images
     source = about.get("file", about["name"]) if config.data == about["name"] else config.data
@@ -822,7 +825,7 @@ def check_together(config):
     supervised, random = config.mode == "supervised", config.init == "random"
     wrong = {
         "--out goes with one checkpoint": config.out and len(config.checkpoints) > 1,
-        "--lr: several need --mode probe": len(config.lr) > 1 and config.mode != "probe",
+        "--lr: only --mode probe takes several": len(config.lr) > 1 and config.mode != "probe",
         "--nesterov needs --sgd-momentum": config.nesterov and not config.sgd_momentum,
         "--encoder-lr 0: needs --mode finetune": supervised and not config.encoder_lr,
         "--probe-every: an untrained encoder has no epochs": config.probe_every and random,

@@ -15,9 +15,9 @@ What differs from the papers (MoCo v1, arXiv:1911.05722; v2, arXiv:2003.04297):
  1. The stem fits 32x32 images: a 3x3 first convolution of stride 1, no max-pool.
  2. One GPU imitates eight: batch norm runs over `bn_splits` groups of the batch. Keys are shuffled
     between the groups (ShuffleBN), or the groups' statistics would give away which key is whose.
- 3. --symmetric adds the loss with the views exchanged, as a sum: an epoch costs about twice.
+ 3. --symmetric adds the loss with the views exchanged (a sum, no mean); twice the time per epoch.
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
-The loss doesn't measure progress: old keys are easy while the encoders move fast, and it rises as
+The loss doesn't measure progress: old keys are easy while the encoders move fast; the loss rises as
 the learning rate falls. Guessing gives ln(1 + K), 8.32 for K = 4096. Watch the k-NN accuracy.
 
     python moco_cifar.py                       # CIFAR-10, ResNet-18, 200 epochs (recipe demo)
@@ -83,7 +83,7 @@ class Config:
     out: str = "runs/moco"  # the run's folder
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest here
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
     knn_k: int = 200  # neighbours that vote (docs/faq.md compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
@@ -96,7 +96,7 @@ RECIPES = {
     "demo": {},  # the defaults: the official CIFAR-10 demo of MoCo
     # the course report; "initialized to 0.015" is taken as the start of a cosine
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6, key_momentum=0.99),
-    # what MoCo v2 (Table 1) changes in v1: head, blur, schedule, and with the head the temperature
+    # MoCo v2, Table 1: head, temperature, blur, schedule. The rest is demo's, jitter included
     "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),
     "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),
 }
@@ -109,7 +109,7 @@ def augment(images, recipe):
     """
     x = random_resized_crop(images / 255, recipe.crop_scale)
     x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)
+    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8 as in MoCo v2's code
     x = sometimes(recipe.gray, grayscale, x)
     x = sometimes(recipe.blur, gaussian_blur, x)
     return normalise(x, recipe)
@@ -118,7 +118,7 @@ def augment(images, recipe):
 # %% Model
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     """A ResNet for small images (SimCLR, B.9) or a ViT: (N, 3, H, W) -> features (N, encoder.dim).
-    Layers have torchvision's names; width: channels of the first stage, doubled in each further.
+    Layers have torchvision's names; width: channels of the first stage, doubled in each later one.
     """
     if arch == "vit-tiny":  # 32x32 images, 4x4 patches, 6 layers, 3 heads of `width` channels
         net = VisionTransformer(32, 4, 6, 3, hidden_dim=3 * width, mlp_dim=12 * width)
@@ -157,20 +157,20 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or self.splits == 1:
             return super().forward(x)
-        state = (self.running_mean, self.running_var, self.weight, self.bias)
-        mean, var, *affine = (vector.repeat(self.splits) for vector in state)  # (S C,) each
-        rest = True, self.momentum, self.eps
+        settings = True, self.momentum, self.eps
+        means = self.running_mean.repeat(self.splits, 1)  # (S, C), of S groups
+        variances = self.running_var.repeat(self.splits, 1)
         if not torch.compiler.is_compiling():  # fewer copies; compiled, 5 times as many kernels
-            groups = zip(*(tensor.chunk(self.splits) for tensor in (x, mean, var, *affine)))
-            x = torch.cat([F.batch_norm(*group, *rest) for group in groups])
+            groups = zip(x.chunk(self.splits), means, variances)  # batch_norm updates the last two
+            x = torch.cat([F.batch_norm(*g, self.weight, self.bias, *settings) for g in groups])
         else:  # one batch norm, in which each group has channels of its own
-            x = x.permute(0, 2, 3, 1).unflatten(0, (self.splits, -1))  # (S, N/S, H, W, C)
-            x = x.movedim(0, 3).flatten(3).permute(0, 3, 1, 2)  # (N/S, S C, H, W)
-            x = F.batch_norm(x, mean, var, *affine, *rest)
-            x = x.permute(0, 2, 3, 1).unflatten(3, (self.splits, -1)).movedim(3, 0)
-            x = x.flatten(0, 1).permute(0, 3, 1, 2)  # (N, C, H, W), channels_last
-        self.running_mean.copy_(mean.unflatten(0, (self.splits, -1)).mean(0))
-        self.running_var.copy_(var.unflatten(0, (self.splits, -1)).mean(0))
+            weight, bias = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
+            x = x.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(1, 2)  # (N/S, S C, H, W)
+            x = F.batch_norm(x, means.view(-1), variances.view(-1), weight, bias, *settings)
+            x = x.unflatten(1, (self.splits, -1)).transpose(0, 1).flatten(0, 1)  # (N, C, H, W)
+            x = x.contiguous(memory_format=torch.channels_last)
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
         self.num_batches_tracked += 1
         return x
 
@@ -231,10 +231,11 @@ class MoCo(nn.Module):
 
     def encode_shuffled(self, encoder, images):
         """ShuffleBN (sec. 3.3): a key meets other images in its batch-norm group than its query."""
-        images, draw = gather(images), torch.randperm if self.config.shuffle else torch.arange
+        images = gather(images)
+        draw = torch.randperm if self.config.shuffle else torch.arange
         order = draw(len(images), device=images.device)
-        k = unit(encoder(shard(images[order])))
-        return gather(k)[order.argsort()]  # (N, C)
+        k = gather(unit(encoder(shard(images[order]))))  # (N, C), shuffled
+        return k[order.argsort()]  # in order again: argsort inverts a permutation
 
     def contrast(self, im_q, im_k):
         """-> loss of the queries of im_q against the keys of im_k and the queue; the keys (N, C)"""
@@ -256,7 +257,7 @@ class MoCo(nn.Module):
 
 # %% Training
 def learning_rate(config, epoch):
-    """The learning rate of an epoch, counted from 0, so that the last one still learns"""
+    """The learning rate of an epoch, counted from 0, so that it never reaches 0"""
     if config.schedule == "step":
         return config.lr * 0.1 ** sum(epoch >= part * config.epochs for part in (0.6, 0.8))
     return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
@@ -364,8 +365,9 @@ class UserError(Exception):
 
     def __init__(self, message, code=2):
         message = " ".join(str(message).split())
-        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
-        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
+        if NOTEBOOK:  # which has fields of Config instead of flags
+            message = re.sub(r"--([\w-]*\w)", lambda m: f"Config.{m[1].replace('-', '_')}", message)
+        super().__init__(message)
         self.code = code
 
 
@@ -385,7 +387,7 @@ def sometimes(p, change, x):
 
 def random_resized_crop(x, scale):
     """torchvision's RandomResizedCrop: a random part of each image, resized to the whole. Its area
-    is uniform in scale, its log aspect ratio too; of ten tries the first that fits, or everything.
+    is uniform in scale, the log of its aspect ratio in +-log 4/3; of ten the first that fits.
     """
     size = x.shape[-1]
     area = size**2 * uniform(*sorted(scale), x, 10)  # (N, 10)
@@ -549,8 +551,8 @@ def stratified(labels, n, flag):
     """A fixed choice of n images, equally many per class -> their indices, and the others'"""
     if not n <= len(labels) - (flag == "--holdout"):
         raise UserError(f"{flag} {n}: there are only {len(labels)} training images")
-    order, count = labels.argsort(stable=True), labels.bincount()
-    place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
+    order = labels.argsort(stable=True)
+    place = torch.cat([torch.arange(count) for count in labels.bincount()])  # within its class
     order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
     return order[:n].sort().values, order[n:].sort().values
 
@@ -588,11 +590,9 @@ def knn_accuracy(encoder, data, config, autocast, k, temperature=0.1):
     """Top-1 accuracy in [0, 1] on the test images, with all training images as the bank"""
     sets, classes = (data.x_train, data.x_test), len(data.about["classes"])
     bank, h = (extract_features(encoder, x, config, autocast) for x in sets)
-    labels, right = data.y_train.to(h.device), 0
-    for part, y in zip(h.split(1000), data.y_test.to(h.device).split(1000)):
-        scores = knn_predict(part, bank, labels, classes, k, temperature)
-        right += int((scores.argmax(1) == y).sum())
-    return right / len(h)
+    vote = bank, data.y_train.to(h.device), classes, k, temperature
+    predicted = [knn_predict(part, *vote).argmax(1) for part in h.split(1000)]
+    return float((torch.cat(predicted).cpu() == data.y_test).double().mean())
 
 
 # %% Checkpoints
@@ -657,10 +657,6 @@ def start_device(config):
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
         fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
-        with contextlib.suppress(OSError, AttributeError):  # another system, another library
-            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
-                ctypes.CDLL("libc.so.6").mallopt(*option)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
 
@@ -668,7 +664,7 @@ def start_device(config):
 def join_processes(device):
     """Meet the processes that torchrun started, if it did."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        # to meet takes seconds (torchrun notices by itself when one dies), to read a folder hours
+        # they meet in seconds (torchrun notices if one dies), but reading a folder can take hours
         meet = timedelta(seconds=600 if dist.is_torchelastic_launched() else 18)
         work = timedelta(days=7)
         store, rank, size = next(dist.rendezvous("env://", timeout=meet))
@@ -760,23 +756,29 @@ def describe_machine(device, dtype, seed):
 
 
 def seed_of(*numbers):
-    """One seed from several numbers, another one for (0, 1) than for (1, 0)"""
+    """One seed from several numbers, different for (0, 1) and (1, 0)"""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
 # %% A run: its folder, what is saved there, and how it resumes
 STATEFUL = "model", "optimizer", "scaler"
 MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
+OF_A_RUN = """*.tmp pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt linear.pt linear.jsonl
+    along.jsonl knn.jsonl map.npz neighbours.npz"""
 
 
 class Run:
-    """Brings a training loop its images; measures, logs, saves, resumes after an interruption."""
+    """Serves a training loop its images; measures, logs, saves, and resumes after a stop."""
 
     lock = None  # of the folder; main() closes it, or a notebook would never let go of the folder
 
     def __init__(self, config):
         self.config, self.out, self.recipe = config, Path(config.out), config
         self.device, self.dtype = start_device(config)
+        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
+        with contextlib.suppress(OSError, AttributeError):  # another system, another library
+            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
+                ctypes.CDLL("libc.so.6").mallopt(*option)
         join_processes(self.device)
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0  # the one that writes
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # on its machine: it fills the caches
@@ -834,9 +836,8 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            total = self.config.epochs * self.steps
-            steps = f"steps {self.step} to {total}, {self.steps} per epoch"
-            print(f"{steps}; a loss of {chance:.2f} is chance", flush=True)
+            n, each = self.config.epochs * self.steps, f"{self.steps} per epoch"
+            print(f"steps {self.step} to {n}, {each}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 
     def take_folder(self):
@@ -854,9 +855,9 @@ class Run:
             print(f"warning: {self.out} can't be locked: start no second run there")
         self.lock.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", file=self.lock, flush=True)
-        old = ("pretrain.*", "last.pt", "prev.pt", "epoch*.pt") if self.config.restart else ()
-        for path in [path for name in ("*.tmp", *old) for path in self.out.glob(name)]:
-            path.unlink()
+        for pattern in OF_A_RUN.split() if self.config.restart else ["*.tmp"]:
+            for path in self.out.glob(pattern):
+                path.unlink()
         for path in (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt")):
             try:
                 if path.exists():
@@ -880,8 +881,8 @@ class Run:
             changed = f"{self.out} holds a run with other settings ({changed})"
             raise UserError(f"{changed}: choose another --out, or --restart")
         if path.name == "pretrain.pt":
-            last = describe_epoch(saved["history"][-1], saved["epoch"])
-            raise UserError(f"{path} is complete: {last}", 0)
+            last = [describe_epoch(row, saved["epoch"]) for row in saved["history"]][-1:]
+            raise UserError(f"{path} is complete: {' '.join(last) or 'no epochs'}", 0)
         try:
             state = saved["train_state"]
             for part in STATEFUL:
@@ -914,8 +915,8 @@ class Run:
         """Write it in the main process. If the disk refuses, try again for a quarter of an hour."""
         for wait in (10, 100, 800, 0):
             try:
-                previous = self.out / "prev.pt" if name == "last.pt" else None
-                save_checkpoint(self.out / name, checkpoint, previous)
+                old = self.out / "prev.pt" if name == "last.pt" else None
+                save_checkpoint(self.out / name, checkpoint, old)
                 return self.log()
             except OSError as error:
                 message = f"{self.out / name} can't be written: {error.strerror}"
@@ -955,7 +956,7 @@ class Run:
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
         total, size, order = self.config.epochs * self.steps, self.config.batch_size, None
-        hide = None if self.is_main else True  # None: unless there is a terminal
+        hide = None if self.is_main else True  # None: where there is no terminal
         self.bar = tqdm(total=total, initial=self.step, unit="step", disable=hide)
         warm = self.step + 10
         while self.step < total:
@@ -997,8 +998,8 @@ class Run:
         """Batch norm's running statistics become their mean over the processes; at fixed steps, or
         a result would depend on when a state was saved.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if statistics := [b for m in norms for b in (m.running_mean, m.running_var)]:
+        statistics = [b for name, b in self.model.named_buffers() if ".running_" in name]
+        if statistics and dist.is_initialized():
             sum_over_processes(statistics)
             torch._foreach_div_(statistics, process_count())
 
@@ -1076,8 +1077,8 @@ SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum labels lr_d
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
         hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
         raise UserError(f"{message} ({hint})")
 
@@ -1119,12 +1120,14 @@ def check_config(config):
     """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        values, choices = value if kind is tuple else [value], typing.get_args(kind)
-        least, most = 1e-9 if name in POSITIVE else 0, 1 if name in SHARES else 2**31 - 1
+        several, choices = isinstance(value, list | tuple), typing.get_args(kind)
+        values = value if several else [value]
+        least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
+        most = 1 if name in SHARES else 2**31 - 1
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
-        elif kind is tuple and name != "lr" and len(value) != len(field.default):
-            must = f"{len(field.default)} numbers"
+        elif kind is tuple and len(values) != len(field.default) and (name != "lr" or not several):
+            must = f"numbers, such as {field.default}"
         elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
             must = f"from {least} to {most}"
         else:

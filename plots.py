@@ -414,8 +414,9 @@ class UserError(Exception):
 
     def __init__(self, message, code=2):
         message = " ".join(str(message).split())
-        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
-        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
+        if NOTEBOOK:  # which has fields of Config instead of flags
+            message = re.sub(r"--([\w-]*\w)", lambda m: f"Config.{m[1].replace('-', '_')}", message)
+        super().__init__(message)
         self.code = code
 
 
@@ -433,16 +434,20 @@ def read_run(path):
     base = base or found and found[""].saved
     if not base:
         raise UserError(f"{path}: no such file, or no pretrain.pt, last.pt or linear.pt in it")
+    for name, e in found.items() if base["kind"] == "pretrain" else ():
+        of = e.saved.get("pretrain", base) if e.saved and e.init == "pretrained" else base
+        if (of["epoch"], of["config"]) != (base["epoch"], base["config"]):
+            print(f"note: {path / name / 'linear.pt'} is of another epoch or run, skipped")
+            e.saved, e.result = None, {}
     pretrain = base if base["kind"] == "pretrain" else base.get("pretrain") or {}
     run = SimpleNamespace(path=path, base=base, method=base["method"], data=base["data"])
     run.name = path.resolve().name if path.is_dir() else f"{path.resolve().parent.name}/{path.stem}"
     run.config, run.classes = pretrain.get("config") or base["config"], run.data["classes"]
     run.epoch, run.epochs = pretrain.get("epoch", 0), pretrain.get("epochs", 0)
-    run.history = pretrain.get("history", [])
+    run.history, run.chance = pretrain.get("history", []), pretrain.get("chance")  # of guessing
     if base["kind"] == "pretrain" and not run.history:
         raise UserError(f"{path}: no epoch is finished yet, there is nothing to draw")
     run.settings, run.diagram = SimpleNamespace(**run.config), DIAGRAMS.get(run.method)
-    run.chance = pretrain.get("chance")  # the loss of guessing
     run.negatives = run.config.get("framework") not in ("byol", "simsiam")
     run.probe, run.untrained = (found[n].saved if n in found else None for n in ("", "random"))
     run.evaluations = {name: e for name, e in found.items() if e.config}
@@ -473,12 +478,13 @@ def read_checkpoint(*paths):
             needed = "format kind method epoch config data arch width dim encoder history".split()
             needed += ["result"] * (saved["kind"] == "linear")
             if saved["format"] == "contrastive-cifar/1" and all(key in saved for key in needed):
+                if error:
+                    print(f"note: {error}")
                 return saved | dict(encoder=None, source=None, train_state=None)
             raise ValueError("of another format, or incomplete")
         except Exception as wrong:  # a foreign file can raise anything
             why = wrong if type(wrong) is ValueError else type(wrong).__name__
             error = UserError(f"{path}: not a readable checkpoint ({why})")
-            print(f"note: {error}")
     if error:
         raise error
 
@@ -654,8 +660,8 @@ def save_figure(figure, path):
 # %% Command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
         hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
         raise UserError(f"{message} ({hint})")
 

@@ -1,7 +1,7 @@
 """SimCLR on CIFAR-10: two views of an image agree, and differ from all others in the batch.
 
 Two random views of each of N images pass one encoder and a small head, the *projector*: 2N vectors
-of length 1. For every view, the loss (NT-Xent: a cross-entropy of cosines, divided by a temperature
+of length 1. For every view, the loss (NT-Xent: a cross-entropy of cosines divided by a temperature
 T) asks which of the other 2N - 1 is the second view of its image. There is no queue and no second
 encoder: the negatives are the rest of the batch, so it should be large. After pretraining the
 projector is thrown away.
@@ -14,8 +14,8 @@ projector is thrown away.
 What differs from the paper (SimCLR, arXiv:2002.05709):
  1. The stem fits 32x32 images (its appendix B.9), and there is no blur, as there.
  2. Grayscale has probability 0.1, not 0.2, as in github.com/dkobak/simclr-cifar10.
- 3. With several processes each has its own batch norm, through which an image's two views could
-    know each other; the paper normalises over all devices (sec. 2.2).
+ 3. With several processes each has its own batch norm, which can give away that two views
+    are of one image; the paper normalises over all devices (sec. 2.2).
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
 The loss of guessing is ln(2N - 1), 6.93 at batch 512. Its floor is not 0: no cosine exceeds 1, so
 at T = 0.5 and batch 512 it is about ln(1 + 1022 / e^2) = 4.9.
@@ -109,7 +109,7 @@ def augment(images, recipe):
     """
     x = random_resized_crop(images / 255, recipe.crop_scale)
     x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)
+    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8 as in MoCo v2's code
     x = sometimes(recipe.gray, grayscale, x)
     x = sometimes(recipe.blur, gaussian_blur, x)
     return normalise(x, recipe)
@@ -128,8 +128,10 @@ def composition(config):
 
 
 def check_method(config):
-    """UserError if an augmentation is unknown, or the encoder takes no images of this size."""
+    """UserError if the method's settings don't go together."""
     composition(config)
+    if 0 < config.epochs < config.warmup_epochs:
+        raise UserError(f"--warmup-epochs {config.warmup_epochs:g}: must be at most --epochs")
     if config.arch == "vit-tiny" and config.image_size != 32:
         raise UserError(f"--image-size {config.image_size}: --arch vit-tiny needs 32")
 
@@ -137,7 +139,7 @@ def check_method(config):
 # %% Model
 def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     """A ResNet for small images (SimCLR, B.9) or a ViT: (N, 3, H, W) -> features (N, encoder.dim).
-    Layers have torchvision's names; width: channels of the first stage, doubled in each further.
+    Layers have torchvision's names; width: channels of the first stage, doubled in each later one.
     """
     if arch == "vit-tiny":  # 32x32 images, 4x4 patches, 6 layers, 3 heads of `width` channels
         net = VisionTransformer(32, 4, 6, 3, hidden_dim=3 * width, mlp_dim=12 * width)
@@ -194,7 +196,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call: fast on a GPU.
+    Each torch._foreach_ function treats all tensors of a list in one call: 25 calls, not 564.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -303,8 +305,9 @@ class UserError(Exception):
 
     def __init__(self, message, code=2):
         message = " ".join(str(message).split())
-        flag = r"--([\w-]*\w)" if NOTEBOOK else "$^"  # a notebook has none
-        super().__init__(re.sub(flag, lambda m: "Config." + m[1].replace("-", "_"), message))
+        if NOTEBOOK:  # which has fields of Config instead of flags
+            message = re.sub(r"--([\w-]*\w)", lambda m: f"Config.{m[1].replace('-', '_')}", message)
+        super().__init__(message)
         self.code = code
 
 
@@ -324,7 +327,7 @@ def sometimes(p, change, x):
 
 def random_resized_crop(x, scale):
     """torchvision's RandomResizedCrop: a random part of each image, resized to the whole. Its area
-    is uniform in scale, its log aspect ratio too; of ten tries the first that fits, or everything.
+    is uniform in scale, the log of its aspect ratio in +-log 4/3; of ten the first that fits.
     """
     size = x.shape[-1]
     area = size**2 * uniform(*sorted(scale), x, 10)  # (N, 10)
@@ -488,8 +491,8 @@ def stratified(labels, n, flag):
     """A fixed choice of n images, equally many per class -> their indices, and the others'"""
     if not n <= len(labels) - (flag == "--holdout"):
         raise UserError(f"{flag} {n}: there are only {len(labels)} training images")
-    order, count = labels.argsort(stable=True), labels.bincount()
-    place = torch.arange(len(labels)) - (count.cumsum(0) - count)[labels[order]]  # within its class
+    order = labels.argsort(stable=True)
+    place = torch.cat([torch.arange(count) for count in labels.bincount()])  # within its class
     order = order[place.argsort(stable=True)]  # the first of every class, the second of every...
     return order[:n].sort().values, order[n:].sort().values
 
@@ -527,11 +530,9 @@ def knn_accuracy(encoder, data, config, autocast, k, temperature=0.1):
     """Top-1 accuracy in [0, 1] on the test images, with all training images as the bank"""
     sets, classes = (data.x_train, data.x_test), len(data.about["classes"])
     bank, h = (extract_features(encoder, x, config, autocast) for x in sets)
-    labels, right = data.y_train.to(h.device), 0
-    for part, y in zip(h.split(1000), data.y_test.to(h.device).split(1000)):
-        scores = knn_predict(part, bank, labels, classes, k, temperature)
-        right += int((scores.argmax(1) == y).sum())
-    return right / len(h)
+    vote = bank, data.y_train.to(h.device), classes, k, temperature
+    predicted = [knn_predict(part, *vote).argmax(1) for part in h.split(1000)]
+    return float((torch.cat(predicted).cpu() == data.y_test).double().mean())
 
 
 # %% Checkpoints
@@ -596,10 +597,6 @@ def start_device(config):
         fast = "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"  # a T4 has no bf16
     elif device.type == "cpu":
         fast = "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "fp32"
-        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
-        with contextlib.suppress(OSError, AttributeError):  # another system, another library
-            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
-                ctypes.CDLL("libc.so.6").mallopt(*option)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     return device, types[fast if config.precision == "auto" else config.precision]
 
@@ -607,7 +604,7 @@ def start_device(config):
 def join_processes(device):
     """Meet the processes that torchrun started, if it did."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        # to meet takes seconds (torchrun notices by itself when one dies), to read a folder hours
+        # they meet in seconds (torchrun notices if one dies), but reading a folder can take hours
         meet = timedelta(seconds=600 if dist.is_torchelastic_launched() else 18)
         work = timedelta(days=7)
         store, rank, size = next(dist.rendezvous("env://", timeout=meet))
@@ -699,23 +696,29 @@ def describe_machine(device, dtype, seed):
 
 
 def seed_of(*numbers):
-    """One seed from several numbers, another one for (0, 1) than for (1, 0)"""
+    """One seed from several numbers, different for (0, 1) and (1, 0)"""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
 # %% A run: its folder, what is saved there, and how it resumes
 STATEFUL = "model", "optimizer", "scaler"
 MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
+OF_A_RUN = """*.tmp pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt linear.pt linear.jsonl
+    along.jsonl knn.jsonl map.npz neighbours.npz"""
 
 
 class Run:
-    """Brings a training loop its images; measures, logs, saves, resumes after an interruption."""
+    """Serves a training loop its images; measures, logs, saves, and resumes after a stop."""
 
     lock = None  # of the folder; main() closes it, or a notebook would never let go of the folder
 
     def __init__(self, config):
         self.config, self.out, self.recipe = config, Path(config.out), config
         self.device, self.dtype = start_device(config)
+        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
+        with contextlib.suppress(OSError, AttributeError):  # another system, another library
+            for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
+                ctypes.CDLL("libc.so.6").mallopt(*option)
         join_processes(self.device)
         self.is_main = not dist.is_initialized() or dist.get_rank() == 0  # the one that writes
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # on its machine: it fills the caches
@@ -773,9 +776,8 @@ class Run:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
             print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
-            total = self.config.epochs * self.steps
-            steps = f"steps {self.step} to {total}, {self.steps} per epoch"
-            print(f"{steps}; a loss of {chance:.2f} is chance", flush=True)
+            n, each = self.config.epochs * self.steps, f"{self.steps} per epoch"
+            print(f"steps {self.step} to {n}, {each}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)
 
     def take_folder(self):
@@ -793,9 +795,9 @@ class Run:
             print(f"warning: {self.out} can't be locked: start no second run there")
         self.lock.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", file=self.lock, flush=True)
-        old = ("pretrain.*", "last.pt", "prev.pt", "epoch*.pt") if self.config.restart else ()
-        for path in [path for name in ("*.tmp", *old) for path in self.out.glob(name)]:
-            path.unlink()
+        for pattern in OF_A_RUN.split() if self.config.restart else ["*.tmp"]:
+            for path in self.out.glob(pattern):
+                path.unlink()
         for path in (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt")):
             try:
                 if path.exists():
@@ -819,8 +821,8 @@ class Run:
             changed = f"{self.out} holds a run with other settings ({changed})"
             raise UserError(f"{changed}: choose another --out, or --restart")
         if path.name == "pretrain.pt":
-            last = describe_epoch(saved["history"][-1], saved["epoch"])
-            raise UserError(f"{path} is complete: {last}", 0)
+            last = [describe_epoch(row, saved["epoch"]) for row in saved["history"]][-1:]
+            raise UserError(f"{path} is complete: {' '.join(last) or 'no epochs'}", 0)
         try:
             state = saved["train_state"]
             for part in STATEFUL:
@@ -853,8 +855,8 @@ class Run:
         """Write it in the main process. If the disk refuses, try again for a quarter of an hour."""
         for wait in (10, 100, 800, 0):
             try:
-                previous = self.out / "prev.pt" if name == "last.pt" else None
-                save_checkpoint(self.out / name, checkpoint, previous)
+                old = self.out / "prev.pt" if name == "last.pt" else None
+                save_checkpoint(self.out / name, checkpoint, old)
                 return self.log()
             except OSError as error:
                 message = f"{self.out / name} can't be written: {error.strerror}"
@@ -894,7 +896,7 @@ class Run:
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
         total, size, order = self.config.epochs * self.steps, self.config.batch_size, None
-        hide = None if self.is_main else True  # None: unless there is a terminal
+        hide = None if self.is_main else True  # None: where there is no terminal
         self.bar = tqdm(total=total, initial=self.step, unit="step", disable=hide)
         warm = self.step + 10
         while self.step < total:
@@ -936,8 +938,8 @@ class Run:
         """Batch norm's running statistics become their mean over the processes; at fixed steps, or
         a result would depend on when a state was saved.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if statistics := [b for m in norms for b in (m.running_mean, m.running_var)]:
+        statistics = [b for name, b in self.model.named_buffers() if ".running_" in name]
+        if statistics and dist.is_initialized():
             sum_over_processes(statistics)
             torch._foreach_div_(statistics, process_count())
 
@@ -1015,8 +1017,8 @@ SHARES = "crop_scale flip jitter gray blur key_momentum sgd_momentum labels lr_d
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        wrong = message.removeprefix("unrecognized arguments: ").split()[0]
-        near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
         hint = f"did you mean {near[0]}?" if near else "--help shows the flags"
         raise UserError(f"{message} ({hint})")
 
@@ -1058,12 +1060,14 @@ def check_config(config):
     """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        values, choices = value if kind is tuple else [value], typing.get_args(kind)
-        least, most = 1e-9 if name in POSITIVE else 0, 1 if name in SHARES else 2**31 - 1
+        several, choices = isinstance(value, list | tuple), typing.get_args(kind)
+        values = value if several else [value]
+        least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
+        most = 1 if name in SHARES else 2**31 - 1
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
-        elif kind is tuple and name != "lr" and len(value) != len(field.default):
-            must = f"{len(field.default)} numbers"
+        elif kind is tuple and len(values) != len(field.default) and (name != "lr" or not several):
+            must = f"numbers, such as {field.default}"
         elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
             must = f"from {least} to {most}"
         else:

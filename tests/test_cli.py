@@ -31,14 +31,14 @@ SCRIPTS = [name for name in NAMES if (ROOT / f"{name}.py").exists()]
 WITH_PARSER = [name for name in SCRIPTS if hasattr(importlib.import_module(name), "parse_config")]
 FLAGLESS = ("checkpoints", "runs")  # they stand alone in the command line
 # Lines of the script, of its lesson, of what stands between that and the plumbing: ceilings to be
-# lowered. (The first three were raised once, for what a run says as it goes, and for the ViT.) The
-# aim for the whole is 860, 960, 810, 720, 500.
+# lowered. (All but the last were raised by 3 to 37: what a run says as it goes, the ViT, and errors
+# that had been tracebacks.) The aim for the whole is 860, 960, 810, 720, 500.
 BUDGET = {
-    "moco_cifar": (1171, 290, 40),
-    "fast_moco": (1240, 300, 120),
-    "simclr": (1110, 280, 0),
-    "linear_eval": (861, 300, 0),
-    "knn_monitor": (574, 200, 0),
+    "moco_cifar": (1174, 291, 40),
+    "fast_moco": (1244, 300, 120),
+    "simclr": (1114, 280, 0),
+    "linear_eval": (864, 300, 0),
+    "knn_monitor": (578, 200, 0),
     "plots": (700, 600, 0),
 }
 BANNER = "# ---- plumbing: the same in every script, nothing about the method below this line ----"
@@ -234,14 +234,14 @@ MOCO_REFUSES = {
     "--sgd-momentum 2": "--sgd-momentum 2.0: must be",
     "--gray 1.5": "--gray 1.5: must be",
     "--blur -1": "--blur -1.0: must be",
-    "--jitter 0.4,0.4,0.4": "4 numbers",
+    "--jitter 0.4,0.4,0.4": "must be numbers, such as (0.4, 0.4, 0.4, 0.1)",
     "--jitter 0.4,nan,0.4,0.1": "--jitter",
     "--jitter=-1,0,0,0": "--jitter",
-    "--crop-scale 0.5": "2 numbers",
+    "--crop-scale 0.5": "must be numbers, such as (",
     "--crop-scale 0.5,1.5": "--crop-scale 0.5,1.5: must be",
     "--crop-scale=-0.5,1": "--crop-scale",
     "--crop-scale 0.1,inf": "--crop-scale",
-    "--mean 0.5,0.5": "3 numbers",
+    "--mean 0.5,0.5": "must be numbers, such as (",
     "--std 0.2,0,0.2": "--std 0.2,0.0,0.2: must be",
     "--queue-size 0": "--queue-size 0: must be",
     "--queue-size -4": "--queue-size -4: must be",
@@ -434,6 +434,31 @@ def test_the_edges_of_what_is_allowed(here, capsys, run, flags):
     assert run(flags) == 0
     lines = capsys.readouterr().err.splitlines()  # linear warns of features that are no good
     assert all(run is linear and line.startswith("warning: the test loss") for line in lines)
+
+
+def test_a_run_of_no_epochs_is_complete(here, capsys):
+    assert moco("--epochs 0") == moco("--epochs 0") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("pretrain.pt is complete: no epochs")
+
+
+def test_a_hint_only_where_the_flag_is_unknown(here, refused):
+    import simclr
+
+    assert "did you mean" not in refused(simclr.main, ["--epochs", "abc"], "invalid int value")
+    refused(simclr.main, ["--epoch", "3"], "did you mean --epochs?")
+
+
+@pytest.mark.parametrize("method", ["simclr", "fast_moco"])
+def test_a_warm_up_longer_than_the_run_is_refused(here, refused, method):
+    flags = ["--data", "data.npz", "--image-size", "16", "--epochs", "3", "--warmup-epochs", "4"]
+    says = "--warmup-epochs 4: must be at most --epochs"
+    refused(importlib.import_module(method).main, flags, says)
+
+
+def test_one_number_where_config_takes_several(here):
+    """As someone edits it in a notebook: lr: tuple = (0.1)"""
+    with pytest.raises(linear_eval.UserError, match=r"--lr 0.1: must be numbers, such as \(0.01, "):
+        linear_eval.check_config(linear_eval.Config(lr=0.1))
 
 
 def test_images_of_one_pixel_are_taken_or_refused(here, capsys):

@@ -309,6 +309,26 @@ def test_data_that_moved_is_asked_for(run, data, refused, tmp_path):
     measure(run, "--data", moved)
 
 
+def test_images_that_were_replaced_are_refused(run, data, refused, tmp_path):
+    measure(run)
+    saved, row = torch.load(run / "pretrain.pt", weights_only=True), rows(run)[-1]
+    write(run / "pretrain.pt", saved | {"data": saved["data"] | {"sha256": row["data_sha256"]}})
+    measure(run)
+    arrays = dict(np.load(data))
+    np.savez(data, **arrays | {"x_test": arrays["x_test"] ^ 1})
+    refused(knn_monitor.main, [*FAST, run], "these are not the images of the pretraining")
+    measure(run, "--data", data)  # named, they are meant
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no memory")])
+def test_too_little_memory_is_one_line(run, refused, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(knn_monitor, "embed", fail)
+    refused(knn_monitor.main, [*FAST, run], "out of memory: lower --limit")
+
+
 def test_older_checkpoints_name_their_data_as_the_flag_did(data, refused, tmp_path):
     """They have no data["file"], and what they name can be a folder: only its cache can be read."""
     old = checkpoint(data)

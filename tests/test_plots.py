@@ -104,6 +104,19 @@ def finished(craft):
     return run
 
 
+def test_a_probe_of_another_epoch_or_of_a_run_since_replaced_is_not_shown(finished, capsys):
+    assert plots.read_run(finished).probe and plots.read_run(finished).untrained
+    evaluated(finished, "probe-0.1", labels=0.1)
+    linear = torch.load(finished / "linear.pt", weights_only=True)
+    torch.save(linear | dict(pretrain=linear["pretrain"] | dict(epoch=1)), finished / "linear.pt")
+    run = plots.read_run(finished)
+    assert not run.probe and run.untrained and run.evaluations["probe-0.1"].result
+    assert f"{finished / 'linear.pt'} is of another epoch or run" in capsys.readouterr().out
+    change(finished, config=linear["pretrain"]["config"] | dict(seed=7))
+    run = plots.read_run(finished)
+    assert not run.probe and run.untrained and not run.evaluations["probe-0.1"].result
+
+
 @pytest.fixture
 def draw(tmp_path, capsys):
     """draw(argument...) -> the names of the figures, what was printed"""
@@ -166,9 +179,9 @@ def test_what_is_missing_is_skipped_with_the_command(craft, draw, light):
     assert re.search(r"50\.00% \| +33 \|", out)  # measured during training
 
 
-def test_a_map_of_another_epoch_is_not_drawn(finished, draw, light):
+def test_a_map_and_a_probe_of_another_epoch_are_not_drawn(finished, draw, light):
     change(finished, epoch=150)
-    assert draw(finished)[0] == ALL - {"map", "neighbours"}
+    assert draw(finished)[0] == ALL - {"map", "neighbours", "probe", "classes"}
 
 
 @pytest.mark.parametrize("name", ["map.npz", "map-random.npz", "knn.jsonl"])

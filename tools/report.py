@@ -124,8 +124,7 @@ def group_runs(name, runs):
             raise UserError(f"--ablation {name}: {run.path} has no setting {missing[0]}")
         groups[tuple(run.config[field] for field in fields)].append(run)
     if len({run.method for run in runs}) > 1 or len(groups) < 2:
-        what = f"runs of one method that differ in {' or '.join(fields)}"
-        raise UserError(f"--ablation {name} needs {what}")
+        raise UserError(f"--ablation {name}: runs of one method must differ in {'/'.join(fields)}")
 
     def rank(setting):  # numbers by size, names as the paper lists them
         order = [[row[field] for row in grid] for field in fields]
@@ -152,8 +151,8 @@ def label_of(setting):
     if len(setting) == 3 and setting[0] in plots.FRAMEWORKS:
         framework, optimizer, encode = setting
         name = plots.FRAMEWORKS[framework].removesuffix(" (ctr)")
-        name += ", AdamW" * (optimizer == "adamw")
-        return name + {"whole": "", "divide-combine": " + patches"}.get(encode, f", {encode}")
+        how = {"whole": "", "divide-combine": " + patches"}.get(encode, f", {encode}")
+        return name + ", AdamW" * (optimizer == "adamw") + how
     shuffled = {True: "shuffled", False: "not shuffled"}
     return ", ".join(shuffled[v] if isinstance(v, bool) else plain(v) for v in setting)
 
@@ -203,10 +202,11 @@ def ablation_table(name, groups):
     seeds = ", ".join(map(str, sorted({run.config.get("seed", 0) for run in runs})))
     about = dict(run=runs[0], n=len(runs), seeds=seeds, k=knn_of(runs[0]).get("k"))
     text = TEXTS["ablation"].format(**about, source=ABLATIONS[name]["source"])
-    late = ", ".join(run.name for run in runs if run.epoch < run.epochs)
-    text += f" Not finished: {late}." * bool(late)
+    if late := ", ".join(run.name for run in runs if run.epoch < run.epochs):
+        text += f" Not finished: {late}."
     text += f" The runs also differ in {', '.join(vary)}." if vary else ""
-    return f"{as_table([name, 'runs', *keys, 'printed'], rows)}\n\n{text}"
+    head = [", ".join(ABLATIONS[name]["fields"]).replace("_", " "), "runs", *keys, "printed"]
+    return f"{as_table(head, rows)}\n\n{text}"
 
 
 def draw_ablation(config, runs):
