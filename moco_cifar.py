@@ -158,19 +158,18 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if not self.training or self.splits == 1:
             return super().forward(x)
         settings = True, self.momentum, self.eps
-        means = self.running_mean.repeat(self.splits, 1)  # (S, C), of S groups
-        variances = self.running_var.repeat(self.splits, 1)
-        if not torch.compiler.is_compiling():  # fewer copies; compiled, 5 times as many kernels
-            groups = zip(x.chunk(self.splits), means, variances)  # batch_norm updates the last two
-            x = torch.cat([F.batch_norm(*g, self.weight, self.bias, *settings) for g in groups])
+        state = self.running_mean, self.running_var, self.weight, self.bias
+        state = [vector.repeat(self.splits, 1) for vector in state]  # (S, C) each: a row per group
+        if not torch.compiler.is_compiling():  # fewer copies; compiled, 4 times as many kernels
+            groups = zip(x.chunk(self.splits), *state)  # batch_norm updates the means and variances
+            x = torch.cat([F.batch_norm(*group, *settings) for group in groups])
         else:  # one batch norm, in which each group has channels of its own
-            weight, bias = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
             x = x.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(1, 2)  # (N/S, S C, H, W)
-            x = F.batch_norm(x, means.view(-1), variances.view(-1), weight, bias, *settings)
+            x = F.batch_norm(x, *(rows.view(-1) for rows in state), *settings)
             x = x.unflatten(1, (self.splits, -1)).transpose(0, 1).flatten(0, 1)  # (N, C, H, W)
             x = x.contiguous(memory_format=torch.channels_last)
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
+        self.running_mean.copy_(state[0].mean(0))
+        self.running_var.copy_(state[1].mean(0))
         self.num_batches_tracked += 1
         return x
 

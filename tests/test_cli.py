@@ -34,7 +34,7 @@ FLAGLESS = ("checkpoints", "runs")  # they stand alone in the command line
 # lowered. (All but the last were raised by 3 to 37: what a run says as it goes, the ViT, and errors
 # that had been tracebacks.) The aim for the whole is 860, 960, 810, 720, 500.
 BUDGET = {
-    "moco_cifar": (1174, 291, 40),
+    "moco_cifar": (1173, 290, 40),
     "fast_moco": (1244, 300, 120),
     "simclr": (1114, 280, 0),
     "linear_eval": (864, 300, 0),
