@@ -1,4 +1,4 @@
-# The experiments of the four documents, included by the Makefile
+# The experiments of the papers and the course reports, included by the Makefile
 
 ##@ Experiments
 .PHONY: report-moco report-simclr race fast-moco-linear fast-moco-semi-1 fast-moco-semi-10

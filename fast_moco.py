@@ -1,10 +1,10 @@
-"""Fast-MoCo on CIFAR-10: more positive pairs from the same two views, at the same cost.
+"""Fast-MoCo on CIFAR-10: more positive pairs from two views, at nearly the same cost.
 
 A view is divided into 2x2 patches, each is encoded on its own, and the mean of any two of the four
-embeddings is an embedding of the image: six for the price of one, as four quarters cost what the
-whole costs. Each should find its own image among those of the batch, which a slow copy of the
-encoder sees whole (a moving average of its weights, as in MoCo). There is no queue: the negatives
-are the other images of the batch.
+embeddings is an embedding of the image: six from one encoding, as four quarters cost the encoder
+what the whole costs. Each should find its own image among those of the batch, which a slow copy of
+the encoder sees whole (a moving average of its weights, as in MoCo). There is no queue: the
+negatives are the other images of the batch.
 
     view_1 -divide-> 4 patches -encoder-> 4 v -combine-> 6 c -projector-predictor-> 6 z_c --.
                                   | momentum update                                  ctr(z_c, z)
@@ -94,7 +94,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
-    knn_k: int = 200  # neighbours that vote (docs/faq.md compares protocols)
+    knn_k: int = 200  # neighbours that vote (knn_monitor.py compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
     save_seconds: float = 60.0  # seconds between saves: the most a crash can lose
     compile: bool = False  # use torch.compile; meant for GPUs (docs/race.md)

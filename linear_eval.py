@@ -8,10 +8,10 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
              computed once                                    ^ the only thing that learns
 
 No learning rate suits every encoder: larger features make larger gradients and need a smaller rate.
-MoCo's own probe uses 30. That suits the synthetic shapes of `make demo`, but is mostly too high on
-CIFAR-10: the logits (class scores) grow huge, and the test loss exceeds that of guessing, ln 10.
-So by default eight rates are tried on 90% of the training images, and the best on the other 10%
-trains a new layer on all.
+MoCo's own probe uses 30. That suits the synthetic shapes of `make demo`, but is too high for short
+runs on CIFAR-10: the logits (class scores) grow huge, and the test loss exceeds that of guessing,
+ln 10. So by default eight rates are tried on 90% of the training images, and the best on the other
+10% trains a new layer on all.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 

@@ -17,8 +17,8 @@ What differs from the papers (MoCo v1, arXiv:1911.05722; v2, arXiv:2003.04297):
     between the groups (ShuffleBN), or the groups' statistics would give away which key is whose.
  3. --symmetric adds the loss with the views exchanged (a sum, no mean); twice the time per epoch.
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
-The loss doesn't measure progress: old keys are easy while the encoders move fast; the loss rises as
-the learning rate falls. Guessing gives ln(1 + K), 8.32 for K = 4096. Watch the k-NN accuracy.
+The loss doesn't measure progress: old keys are easy while the encoders move fast, so it can rise in
+a short run. Guessing gives ln(1 + K), 8.32 for K = 4096. Watch the k-NN accuracy.
 
     python moco_cifar.py                       # CIFAR-10, ResNet-18, 200 epochs (recipe demo)
     python moco_cifar.py --recipe v2 --epochs 100 --out runs/v2
@@ -85,7 +85,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest here
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
-    knn_k: int = 200  # neighbours that vote (docs/faq.md compares protocols)
+    knn_k: int = 200  # neighbours that vote (knn_monitor.py compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
     save_seconds: float = 60.0  # seconds between saves: the most a crash can lose
     compile: bool = False  # use torch.compile; meant for GPUs (docs/race.md)

@@ -13,7 +13,7 @@ projector is thrown away.
 
 What differs from the paper (SimCLR, arXiv:2002.05709):
  1. The stem fits 32x32 images (its appendix B.9), and there is no blur, as there.
- 2. Grayscale has probability 0.1, not 0.2, as in github.com/dkobak/simclr-cifar10.
+ 2. Grayscale 0.1, crops from 20%, SGD (github.com/dkobak/simclr-cifar10), not 0.2, 8%, LARS.
  3. With several processes each has its own batch norm, which can give away that two views
     are of one image; the paper normalises over all devices (sec. 2.2).
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
@@ -83,7 +83,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
-    knn_k: int = 200  # neighbours that vote (docs/faq.md compares protocols)
+    knn_k: int = 200  # neighbours that vote (knn_monitor.py compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
     save_seconds: float = 60.0  # seconds between saves: the most a crash can lose
     compile: bool = False  # use torch.compile; meant for GPUs (docs/race.md)

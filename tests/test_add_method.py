@@ -19,9 +19,8 @@ PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
 BLOCK = re.compile(r"^```(\w+) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [match.groups() for match in BLOCK.finditer(PAGE)]  # language, file, text
 EDITS = [(file, text) for language, file, text in BLOCKS if language == "diff"]
-COMMANDS = [
-    line for language, _, text in BLOCKS if language == "bash" for line in text.splitlines()
-]
+LINES = [row for language, _, text in BLOCKS if language == "bash" for row in text.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("python")]
 # what makes the commands of the page small: the flag given last counts
 SMALL = {
     "alignment": "--image-size 16 --width 4 --epochs 2 --batch-size 40 --knn-k 5 --precision fp32",
@@ -48,7 +47,7 @@ def tree(tmp_path_factory):
     (folder / "tools").mkdir()
     for path in (ROOT / "tools").glob("*.py"):
         shutil.copy(path, folder / "tools")
-    first = COMMANDS[0].split()
+    first = LINES[0].split()
     assert first[0] == "cp"
     shutil.copy(folder / first[1], folder / first[2])
     for file, edit in EDITS:
@@ -107,7 +106,7 @@ def test_its_checkpoint_goes_through_the_chain(alignment, tmp_path, monkeypatch,
         alignment=alignment, linear_eval=linear_eval, knn_monitor=knn_monitor, plots=plots
     )
     monkeypatch.chdir(tmp_path)
-    for line in COMMANDS[1:]:
+    for line in COMMANDS:
         _, file, *flags = shlex.split(line)
         name = file.removesuffix(".py")
         flags += SMALL[name].split() + ["--data", str(tiny_npz)] * (name == "alignment")

@@ -88,14 +88,14 @@ ABLATIONS = {
     "mechanism": ablation(
         "moco_cifar.py",
         "Where the negative keys come from",
-        "MoCo, Figure 3: drawn only",
+        "MoCo, Figure 3: only plotted",
         MECHANISMS,
         fields=["mechanism", "queue_size", "batch_size"],
     ),
     "shuffle": ablation(
         "moco_cifar.py",
         "ShuffleBN: batch norm over the batch, and over 8 groups with and without shuffling",
-        "MoCo, Figure A.1: drawn only",
+        "MoCo, Figure A.1: only plotted",
         [GROUPS | dict(shuffle=s, bn_splits=n) for s, n in ((True, 1), (True, 8), (False, 8))],
         fields=["bn_splits", "shuffle"],
         loss=True,
@@ -103,7 +103,7 @@ ABLATIONS = {
     "queue": ablation(
         "moco_cifar.py",
         "Keys in the queue",
-        "MoCo, Figure 3: drawn only",
+        "MoCo, Figure 3: only plotted",
         dict(queue_size=[64, 256, 1024, 4096]),
     ),
     "momentum": ablation(
@@ -132,7 +132,7 @@ ABLATIONS = {
         "simclr.py",
         "Compositions of augmentations",
         "Huang et al. 2021 (arXiv:2111.00743): k-NN on CIFAR-10, ResNet-18, 800 epochs; SimCLR, "
-        "Figure 5, has pairs: drawn only",
+        "Figure 5, has pairs: only plotted",
         dict(augment=COMPOSITIONS, blur=[0.5]),
         HUANG.values(),
         fields=["augment"],
@@ -141,7 +141,7 @@ ABLATIONS = {
     "stage": ablation(
         "fast_moco.py",
         "The stage after which patches are combined",
-        "Fast-MoCo, supplementary, Figure 2: drawn only, falls sharply after the projector",
+        "Fast-MoCo, supplementary, Figure 2: only plotted, falls sharply after the projector",
         dict(combine_at=["input", "stage1", "stage2", "stage3", "final", "proj", "pred"]),
     ),
     "encode": ablation(
@@ -178,7 +178,7 @@ ABLATIONS = {
         "fast_moco.py",
         "Epochs of pretraining, with all and with few labels",
         "Fast-MoCo, main results, 100, 200 and 400 epochs; few labels: supplementary, Figure 1, "
-        "drawn only",
+        "only plotted",
         dict(epochs=[1, 2, 4]),
         [73.5, 75.1, 75.5],
         labels=(1, 0.1, 0.01),

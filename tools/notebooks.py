@@ -160,7 +160,7 @@ script("linear_eval.py", OUT)
 
 ## The same for an untrained encoder
 
-Even random features are better than guessing. The difference is what pretraining has added.
+Even random features are better than guessing. What pretraining adds is its accuracy minus this one.
 
 ```python
 script("linear_eval.py", OUT, "--init", "random")

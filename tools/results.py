@@ -170,6 +170,7 @@ def cells_of(group):
     if name == "fast-moco":  # which of its variants
         name += f", {config['framework']}" if config["framework"] != "moco" else ""
         name += f", {config['encode']}" if config["encode"] != "divide-combine" else ""
+        name = "fast-moco, whole (MoCo v3)" if name == "fast-moco, whole" else name
     return {
         "method": name + " (stale)" * any(run.get("stale") for run in group),
         "images": f"{run['data']['name']}, {run['data']['n_train']:,}",
@@ -218,6 +219,8 @@ def with_commands(groups, columns=None):
     """A table of groups, its rows numbered, and the command of each row"""
     rows = [{"": i} | cells_of(group) for i, group in enumerate(groups, 1)]
     commands = [f"{command_of(group)}  # {i}" for i, group in enumerate(groups, 1)]
+    if not all(map(is_real, groups)):
+        commands.insert(0, "make data/shapes.npz  # once: the synthetic shapes")
     return "\n".join([markdown(rows, columns), "", "```", *commands, "```"])
 
 
@@ -230,7 +233,7 @@ def table_of_best(results):
     """At most six rows: of each method the best run on real images, then on synthetic ones"""
     best = {}
     for group in sorted(grouped(results), key=lambda group: (not is_real(group), -mean_knn(group))):
-        if not any(run.get("stale") for run in group):
+        if not is_copy(group) and not any(run.get("stale") for run in group):
             best.setdefault((is_real(group), cells_of(group)["method"]), group)
     columns = ["", "method", "images", "encoder", "epochs", "k-NN %", "probe %"]
     columns += ["pixels k-NN %", "untrained k-NN %", "minutes"]
@@ -242,7 +245,7 @@ LABELS = {  # folder of an evaluation: what it is, and the SimCLR course report'
     "probe": ("pretrained, frozen", "71.3 / 93.6"),
     "random-finetune": ("random init, end to end: supervised", "38.2 / 60.1"),
     "random-probe": ("random init, frozen", "15.6 / 34.4"),
-    "supervised": ("supervised", "drawn only"),
+    "supervised": ("supervised", "only plotted"),
 }
 
 
@@ -265,7 +268,8 @@ def table_of_labels(results):
                 for k in (1, 3):
                     values = [each["correct"][f"top{k}"] / each["n_test"] for each in found]
                     row[f"top-{k} %"] = show(values)
-                printed = LABELS[kind][1] if share in ("0.1", "1") else ""  # none for other shares
+                said = group[0]["method"] == "simclr" and share in ("0.1", "1")
+                printed = LABELS[kind][1] if said else ""  # the report has no others
                 rows.append(row | {"the report, ResNet-50": printed})
     return markdown(rows)
 
@@ -296,18 +300,23 @@ def table_of_speed(results):
 
 
 # %% From the files to the pictures
-def panels_of_minutes(results):
+def is_copy(group):
+    return "JPEG" in group[0]["data"]["name"]
+
+
+def panels_of_data(results, against):
     """{title: groups}: of each data set the runs on most of its images"""
     panels = {}
     for group in grouped(results):  # most images first
         name, n = group[0]["data"]["name"], group[0]["data"]["n_train"]
-        if curve_of(group) and not any(run.get("stale") for run in group):
+        current = not is_copy(group) and not any(run.get("stale") for run in group)
+        if current and curve_of(group, against):
             panels.setdefault(name, (n, []))
             panels[name][1].extend([group] * (n == panels[name][0]))
     return {f"{name}, {n:,} images": groups for name, (n, groups) in panels.items()}
 
 
-def panels_of_patches(results):
+def panels_of_patches(results, against):
     """Fast-MoCo with patches and with whole views, on 10,000 images"""
     groups = [group for group in grouped(results) if group[0]["method"] == "fast-moco"]
     groups = [group for group in groups if group[0]["data"]["n_train"] == 10_000]
@@ -317,18 +326,19 @@ def panels_of_patches(results):
 # file in docs/: what is drawn in it, against what, and whether the deviation over seeds is a band
 # (or only an error bar at the end)
 PICTURES = {
-    "knn-minutes.png": (panels_of_minutes, "minutes", True),
+    "knn-epochs.png": (panels_of_data, "epoch", True),
+    "knn-minutes.png": (panels_of_data, "minutes", True),
     "fast-moco-small.png": (panels_of_patches, "epoch", False),
 }
 
 
-def curve_of(group):
+def curve_of(group, against):
     """k-NN accuracy along the training: mean and deviation over seeds, at the median time"""
     rows = report.mean_history([SimpleNamespace(history=run["history"]) for run in group])
     for row, *same in zip(rows, *(run["history"] for run in group)):
         if "seconds" in row:
             row["seconds"] = statistics.median(each["seconds"] for each in same)
-    return [row for row in rows if "knn_top1" in row and "seconds" in row]
+    return [r for r in rows if "knn_top1" in r and (against == "epoch" or "seconds" in r)]
 
 
 def encoder_of(group):
@@ -366,7 +376,7 @@ def draw_knn(panels, against, band):
         machines = {machine_of(group[0]) for group in groups}
         drawn, styles = set(), itertools.cycle(plots.DASHES[1:])
         for place, group in enumerate(groups):
-            method, rows = group[0]["method"], curve_of(group)
+            method, rows = group[0]["method"], curve_of(group, against)
             label = cells_of(group)["method"].replace(method, plots.METHODS[method], 1)
             short = encoder_of(group).replace(" of width ", " w")
             label += f", {short}" * (len(encoders) > 1)
@@ -394,12 +404,13 @@ def draw_knn(panels, against, band):
 
 def fingerprint(name, results):
     """What a picture was drawn from, as a hash; the picture holds it"""
-    panels, *how = PICTURES[name]
+    panels, against, band = PICTURES[name]
     found = {
-        title: [[cells_of(group), curve_of(group)] for group in groups] + [levels_of(groups)]
-        for title, groups in panels(results).items()
+        title: [[cells_of(group), curve_of(group, against)] for group in groups]
+        + [levels_of(groups)]
+        for title, groups in panels(results, against).items()
     }
-    return hashlib.sha256(json.dumps([found, how]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([found, against, band]).encode()).hexdigest()
 
 
 def draw_pictures(results, folder=ROOT / "docs"):
@@ -408,7 +419,7 @@ def draw_pictures(results, folder=ROOT / "docs"):
         mark = fingerprint(name, results)
         if not (folder / name).exists() or mark_in(folder / name) != mark:
             with matplotlib.rc_context(plots.STYLE):
-                figure = draw_knn(panels(results), against, band)
+                figure = draw_knn(panels(results, against), against, band)
                 figure.savefig(folder / name, dpi=120, metadata={"Description": mark})
 
 
