@@ -634,6 +634,19 @@ def test_ablation_has_the_order_and_the_figures_of_the_paper(name, craft):
     assert len(printed) == (len(paper) if paper else 0)
 
 
+@pytest.mark.parametrize("name", report.ABLATIONS)
+def test_each_comparison_has_a_row_for_each_setting(name, craft):
+    entry = report.ABLATIONS[name]
+    script = importlib.import_module(entry["script"].removesuffix(".py"))
+    folders = [craft(script, str(i), **setting) for i, setting in enumerate(entry["grid"])]
+    groups, rows = ablate(name, folders)
+    assert len(groups) == len(folders)
+    labels = [label for label, row in rows.items() if row[:1] == ["1"]]
+    assert len(labels) == len(folders) and report.draw_ablation_figure(name, groups).axes
+    if name == "mechanism":
+        assert "moco, 255 negatives" in labels and labels[-1] == "end-to-end, 1023 negatives"
+
+
 def test_few_labels_have_a_column_of_their_own(craft):
     folders = [craft(fast_moco, str(n), epochs=n) for n in (20, 40)]
     for folder in folders:

@@ -91,8 +91,7 @@ def mean_history(runs):
 def measured(run):
     """-> {what: its value}, in percent and minutes, of what was measured"""
     knn, last = knn_of(run).get("top1"), run.history[-1]
-    found = {"loss (nats)": last["loss"]}
-    found |= {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
+    found = {"loss (nats)": last["loss"]} | ({} if knn is None else {"k-NN top-1 (%)": 100 * knn})
     for e in run.evaluations.values():
         if (e.mode, e.init) == ("probe", "pretrained") and e.result:
             few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
@@ -127,7 +126,7 @@ def group_runs(name, runs):
         raise UserError(f"--ablation {name}: runs of one method must differ in {'/'.join(fields)}")
 
     def rank(setting):  # numbers by size, names as the paper lists them
-        order = [[row[field] for row in grid] for field in fields]
+        order = [[row.get(field) for row in grid] for field in fields]
         places = [o.index(v) if v in o else len(o) for v, o in zip(setting, order)]
         return [v if isinstance(v, int | float) else p for v, p in zip(setting, places)]
 
@@ -146,13 +145,14 @@ def gain(setting, values):
     return values[setting] - without if without and values[setting] else None
 
 
-def label_of(setting):
+def label_of(name, setting):
     """A setting as text"""
-    if len(setting) == 3 and setting[0] in plots.FRAMEWORKS:
-        framework, optimizer, encode = setting
-        name = plots.FRAMEWORKS[framework].removesuffix(" (ctr)")
-        how = {"whole": "", "divide-combine": " + patches"}.get(encode, f", {encode}")
-        return name + ", AdamW" * (optimizer == "adamw") + how
+    if name == "frameworks":
+        text = plots.FRAMEWORKS[setting[0]].removesuffix(" (ctr)")
+        return text + ", AdamW" * ("adamw" in setting) + " + patches" * ("whole" not in setting)
+    if name == "mechanism":
+        where, queue, batch = setting
+        return f"{where}, {batch - 1 if where == 'end-to-end' else queue} negatives"
     shuffled = {True: "shuffled", False: "not shuffled"}
     return ", ".join(shuffled[v] if isinstance(v, bool) else plain(v) for v in setting)
 
@@ -173,7 +173,7 @@ def draw_ablation_figure(name, groups):
                 axes.annotate(text, (means[setting], y), (0, 5), size=8, **plots.ABOVE)
             if paper[setting] and key == "probe top-1 (%)":
                 axes.plot(paper[setting], y, "s", color=plots.GRAY, mfc="w", label="printed")
-        axes.set_yticks(range(len(groups)), [fill(label_of(setting), 30) for setting in groups])
+        axes.set_yticks(range(len(groups)), [fill(label_of(name, s), 30) for s in groups])
         axes.set(xlabel=key, xmargin=0.2, ylim=(len(groups) - 0.4, -0.7))
         axes.grid(alpha=0.25)
     plots.legend_below(figure)
@@ -186,7 +186,7 @@ def ablation_table(name, groups):
     keys = columns_of(name, groups)
     means = {k: {s: (spread(some, k) or [None])[0] for s, some in groups.items()} for k in keys}
     for setting, some in groups.items():
-        cells = [label_of(setting), len(some)]
+        cells = [label_of(name, setting), len(some)]
         for key in keys:
             mean, deviation, n = spread(some, key) or (None, None, 0)
             text = f"{mean:.2f}" if n else ""
