@@ -33,6 +33,18 @@ def solution(name):
     return text
 
 
+def test_the_handout_has_the_exercises_but_no_answers(tmp_path):
+    assert lesson.main(["--handout", str(tmp_path / "class.ipynb")]) == 0
+    cells = nbformat.read(tmp_path / "class.ipynb", 4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    assert code == [text for kind, text in CELLS if kind == "code"]  # stubs and checks are there
+    assert sum("raise NotImplementedError" in text for text in code) == len(EXERCISES)
+    text = "".join(cell.source for cell in cells)
+    assert "<details>" not in text and "<summary>" not in text
+    for name in EXERCISES:
+        assert solution(name) not in text
+
+
 def run_check(name, text):
     """Define an answer and check it."""
     space = dict(torch=torch, F=F, nn=nn, math=math)

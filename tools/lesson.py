@@ -6,6 +6,7 @@ A ```python block becomes a code cell, everything between two of them a text cel
     python tools/lesson.py             # write the notebook
     python tools/lesson.py --check     # exit code 1 if it is out of date
     python tools/lesson.py --solved    # print the lesson as one Python script, exercises solved
+    python tools/lesson.py --handout FILE.ipynb    # for a class: without solutions and answers
 """
 
 import argparse
@@ -73,8 +74,12 @@ def main(argv=None):
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="say whether it is out of date")
     what.add_argument("--solved", action="store_true", help="print a script with the solutions")
+    what.add_argument("--handout", type=Path, metavar="FILE", help="write it without solutions")
     args = parser.parse_args(argv)
     cells = read_cells(PAGE.read_text())
+    if args.handout:
+        args.handout.write_text(make_notebook(read_cells(FOLDED.sub("", PAGE.read_text()))))
+        return 0
     if args.solved:
         print("\n\n".join(solve(cells)))
         return 0
