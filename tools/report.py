@@ -172,7 +172,7 @@ def draw_ablation_figure(name, groups):
                 text += f" ({more:+.2f})" if (more := gain(setting, means)) else ""
                 axes.annotate(text, (means[setting], y), (0, 5), size=8, **plots.ABOVE)
             if paper[setting] and key == "probe top-1 (%)":
-                axes.plot(paper[setting], y, "s", color=plots.GRAY, mfc="w", label="printed")
+                axes.plot(paper[setting], y, "s", color=plots.GRAY, mfc="w", label="in the paper")
         axes.set_yticks(range(len(groups)), [fill(label_of(name, s), 30) for s in groups])
         axes.set(xlabel=key, xmargin=0.2, ylim=(len(groups) - 0.4, -0.7))
         axes.grid(alpha=0.25)
@@ -205,7 +205,7 @@ def ablation_table(name, groups):
     if late := ", ".join(run.name for run in runs if run.epoch < run.epochs):
         text += f" Not finished: {late}."
     text += f" The runs also differ in {', '.join(vary)}." if vary else ""
-    head = [", ".join(ABLATIONS[name]["fields"]).replace("_", " "), "runs", *keys, "printed"]
+    head = [", ".join(ABLATIONS[name]["fields"]).replace("_", " "), "runs", *keys, "in the paper"]
     return f"{as_table(head, rows)}\n\n{text}"
 
 
