@@ -606,13 +606,14 @@ def join_processes(device):
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         # they meet in seconds (torchrun notices if one dies), but reading a folder can take hours
         meet = timedelta(seconds=600 if dist.is_torchelastic_launched() else 18)
-        work = timedelta(days=7)
+        work, later = timedelta(days=7), hasattr(dist, "set_timeout")  # older torch has but one
         store, rank, size = next(dist.rendezvous("env://", timeout=meet))
         own = dict(device_id=device) if device.type == "cuda" else {}
-        own |= dict(store=store, rank=rank, world_size=size, timeout=meet)
+        own |= dict(store=store, rank=rank, world_size=size, timeout=meet if later else work)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
         store.set_timeout(work)
-        (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(work)
+        if later:
+            dist.set_timeout(work)
 
 
 def process_count():
@@ -1104,6 +1105,7 @@ def main(argv=None):
         if Run.lock:
             Run.lock.close()
         if dist.is_initialized():
+            time.sleep(0.1)  # torch 2.6 hangs if a thread of gloo has not yet let go of a tensor
             dist.destroy_process_group()
     print(f"error: {message}" if code else message, file=sys.stderr if code else sys.stdout)
     return code

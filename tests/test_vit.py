@@ -170,7 +170,7 @@ def test_a_compiled_step_is_the_same_step(trained, tiny_npz, tmp_path, monkeypat
     a, b = (torch.load(path / "pretrain.pt", weights_only=True) for path in (eager, compiled))
     assert len(graphs) >= 2  # model and augmentation
     for name, value in a["encoder"].items():
-        close(b["encoder"][name], value, 1e-5)
+        close(b["encoder"][name], value, 1e-4)  # AdamW divides by small numbers
 
 
 class VitRun(ShortRun):
