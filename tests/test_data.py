@@ -120,7 +120,8 @@ def test_images_of_another_size_are_resized(here, shape):
     images = np.random.default_rng(0).integers(0, 256, (24, *shape, 3), dtype=np.uint8)
     data, images = load(write(here / "a.npz", x_train=images)), torch.from_numpy(images)
     theirs = resize(images.permute(0, 3, 1, 2), [8, 8])
-    assert torch.equal(data.x_train, theirs)
+    difference = (data.x_train.int() - theirs.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.2  # none in torch 2.14
 
 
 X, Y = random_arrays()["x_train"], random_arrays()["y_train"]
