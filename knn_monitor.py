@@ -503,14 +503,13 @@ def check_config(config):
     """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        several, choices = isinstance(value, list | tuple), typing.get_args(kind)
-        values = value if several else [value]
+        values, choices = np.atleast_1d(value), typing.get_args(kind)
         least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
         most = 1 if name in SHARES else 2**31 - 1
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
-        elif kind is tuple and len(values) != len(field.default) and (name != "lr" or not several):
-            must = f"numbers, such as {field.default}"
+        elif kind is tuple and name != "lr" and len(values) != len(field.default):
+            must = f"{len(field.default)} numbers, such as {field.default}"
         elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
             must = f"from {least} to {most}"
         else:

@@ -164,7 +164,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call: 25 calls, not 564.
+    Each torch._foreach_ function treats all tensors of a list in one call: 25 per step, not 564.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -592,14 +592,13 @@ def check_config(config):
     """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        several, choices = isinstance(value, list | tuple), typing.get_args(kind)
-        values = value if several else [value]
+        values, choices = np.atleast_1d(value), typing.get_args(kind)
         least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
         most = 1 if name in SHARES else 2**31 - 1
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
-        elif kind is tuple and len(values) != len(field.default) and (name != "lr" or not several):
-            must = f"numbers, such as {field.default}"
+        elif kind is tuple and name != "lr" and len(values) != len(field.default):
+            must = f"{len(field.default)} numbers, such as {field.default}"
         elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
             must = f"from {least} to {most}"
         else:
@@ -838,6 +837,7 @@ def main(argv=None):
     """Measure each checkpoint -> exit code"""
     try:
         config = parse_config(argv)
+        config.lr = tuple(np.atleast_1d(config.lr).tolist())  # in a notebook it may be a number
         if config.mode == "supervised":
             config.init = "random"
         check_together(config)

@@ -196,7 +196,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call: 25 calls, not 564.
+    Each torch._foreach_ function treats all tensors of a list in one call: 25 per step, not 564.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -327,7 +327,7 @@ def sometimes(p, change, x):
 
 def random_resized_crop(x, scale):
     """torchvision's RandomResizedCrop: a random part of each image, resized to the whole. Its area
-    is uniform in scale, the log of its aspect ratio in +-log 4/3; of ten the first that fits.
+    is uniform in scale, the log of its aspect ratio in ±log 4/3; of ten tries the first that fits.
     """
     size = x.shape[-1]
     area = size**2 * uniform(*sorted(scale), x, 10)  # (N, 10)
@@ -526,11 +526,11 @@ def knn_predict(features, bank, bank_labels, classes, k, temperature):
     return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
 
 
-def knn_accuracy(encoder, data, config, autocast, k, temperature=0.1):
+def knn_accuracy(encoder, data, config, autocast, temperature=0.1):
     """Top-1 accuracy in [0, 1] on the test images, with all training images as the bank"""
-    sets, classes = (data.x_train, data.x_test), len(data.about["classes"])
-    bank, h = (extract_features(encoder, x, config, autocast) for x in sets)
-    vote = bank, data.y_train.to(h.device), classes, k, temperature
+    bank = extract_features(encoder, data.x_train, config, autocast)
+    h = extract_features(encoder, data.x_test, config, autocast)
+    vote = bank, data.y_train.to(h.device), len(data.about["classes"]), config.knn_k, temperature
     predicted = [knn_predict(part, *vote).argmax(1) for part in h.split(1000)]
     return float((torch.cat(predicted).cpu() == data.y_test).double().mean())
 
@@ -612,8 +612,7 @@ def join_processes(device):
         own |= dict(store=store, rank=rank, world_size=size, timeout=meet if later else work)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **own)
         store.set_timeout(work)
-        if later:
-            dist.set_timeout(work)
+        getattr(dist, "set_timeout", bool)(work)
 
 
 def process_count():
@@ -973,8 +972,7 @@ class Run:
         z = unit(extract_features(compared, self.images[:1000], config, self.autocast))
         row["spread"] = float(z.std(0).mean() * z.shape[1] ** 0.5)
         if not left or config.knn_every and epoch % config.knn_every == 0:
-            knn = knn_accuracy(self.encoder, self.data, config, self.autocast, config.knn_k)
-            row["knn_top1"] = knn
+            row["knn_top1"] = knn_accuracy(self.encoder, self.data, config, self.autocast)
         row["seconds"] = time.monotonic() - self.clock
         self.loss.zero_()
         self.history.append(row)
@@ -1061,14 +1059,13 @@ def check_config(config):
     """UserError if a value is not one of its choices, not a number, or out of range."""
     for field in dataclasses.fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        several, choices = isinstance(value, list | tuple), typing.get_args(kind)
-        values = value if several else [value]
+        values, choices = np.atleast_1d(value), typing.get_args(kind)
         least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
         most = 1 if name in SHARES else 2**31 - 1
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
-        elif kind is tuple and len(values) != len(field.default) and (name != "lr" or not several):
-            must = f"numbers, such as {field.default}"
+        elif kind is tuple and name != "lr" and len(values) != len(field.default):
+            must = f"{len(field.default)} numbers, such as {field.default}"
         elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
             must = f"from {least} to {most}"
         else:

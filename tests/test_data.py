@@ -115,13 +115,13 @@ def test_labels_of_any_integer_type(here, kind):
     assert data.y_train.dtype == torch.int64 and np.array_equal(data.y_train, labels)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6: its resize rounds otherwise")
 @pytest.mark.parametrize("shape", [(5, 5), (20, 20), (8, 13), (40, 3)])
 def test_images_of_another_size_are_resized(here, shape):
     images = np.random.default_rng(0).integers(0, 256, (24, *shape, 3), dtype=np.uint8)
     data, images = load(write(here / "a.npz", x_train=images)), torch.from_numpy(images)
     theirs = resize(images.permute(0, 3, 1, 2), [8, 8])
-    difference = (data.x_train.int() - theirs.int()).abs()
-    assert difference.max() <= 1 and difference.float().mean() < 0.2  # none in torch 2.14
+    assert torch.equal(data.x_train, theirs)
 
 
 X, Y = random_arrays()["x_train"], random_arrays()["y_train"]

@@ -180,8 +180,8 @@ def test_knn_accuracy_over_a_ragged_last_batch_is_the_definition():
     data = SimpleNamespace(x_train=x, y_train=y, x_test=x_test, y_test=y_test)
     data.about = {"classes": list("abcde")}
     encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 12))
-    config, fp32 = moco.Config(), lambda: torch.autocast("cpu", enabled=False)
-    ours = moco.knn_accuracy(encoder, data, config, fp32, 20)
+    config, fp32 = moco.Config(knn_k=20), lambda: torch.autocast("cpu", enabled=False)
+    ours = moco.knn_accuracy(encoder, data, config, fp32)
     assert encoder.training and encoder[1].num_batches_tracked == 0  # eval mode, for the moment
     h, bank = (encoder.eval()(moco.normalise(part / 255, config)) for part in (x_test, x))
     right = 0

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import close
 from kill_harness import digest
 
 import fast_moco
@@ -436,6 +435,7 @@ def test_monitors_do_not_disturb(script, other, common, tmp_path):  # R8
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6: its tracing changes some bits")
 @every_script
 def test_a_compiled_step_is_the_same_step(script, common, tmp_path, monkeypatch, capsys):
     """Traced as for torch.compile, but not translated, which would take minutes; stopped, too."""
@@ -458,8 +458,7 @@ def test_a_compiled_step_is_the_same_step(script, common, tmp_path, monkeypatch,
     a, b = (torch.load(tmp_path / name / "pretrain.pt", weights_only=True) for name in "ab")
     for part in ("encoder", "head"):
         assert a[part].keys() == b[part].keys()
-        for key, value in a[part].items():
-            close(b[part][key], value, 3e-3)  # the same bits in torch 2.14, not in 2.6
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
 
 
 def test_seed_matters(flags, tmp_path, whole):

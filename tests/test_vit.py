@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import close
@@ -155,6 +154,7 @@ def test_a_projection_that_is_not_restored_is_noticed(trained, tiny_npz, tmp_pat
     assert digest(tmp_path / "pretrain.pt") != digest(trained("moco")[0] / "pretrain.pt")
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6: its tracing changes some bits")
 def test_a_compiled_step_is_the_same_step(trained, tiny_npz, tmp_path, monkeypatch):
     """Traced as for torch.compile, but not translated, which would take minutes"""
     graphs, real = [], torch.compile
@@ -170,10 +170,8 @@ def test_a_compiled_step_is_the_same_step(trained, tiny_npz, tmp_path, monkeypat
     eager, compiled = (trained("fast_moco adamw")[0], tmp_path)
     a, b = (torch.load(path / "pretrain.pt", weights_only=True) for path in (eager, compiled))
     assert len(graphs) >= 2  # model and augmentation
-    losses = [[row["loss"] for row in saved["history"]] for saved in (a, b)]
-    np.testing.assert_allclose(
-        *losses, rtol=1e-3
-    )  # weights no closer, AdamW divides by small numbers
+    for name, value in a["encoder"].items():
+        close(b["encoder"][name], value, 1e-5)
 
 
 class VitRun(ShortRun):
