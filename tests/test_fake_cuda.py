@@ -39,7 +39,10 @@ MORE = {  # with LONG_TESTS=1
         *("--recipe v1", "--recipe v2", "--symmetric --bn-splits 1 --queue-size 50"),
         *("--mechanism memory-bank", "--mechanism end-to-end"),
     ],
-    simclr: ["--augment crop,blur --head linear", "--recipe paper --batch-size 64 --blur 0.5"],
+    simclr: [
+        "--augment crop,blur --head linear",
+        "--recipe paper --batch-size 64 --blur 0.5 --warmup-epochs 0",
+    ],
     fast_moco: [
         *("--encode divide", "--encode sample-combine", "--encode whole", "--clip 0"),
         *(f"--combine-at {stage}" for stage in "input stage1 stage3 pred".split()),
@@ -53,7 +56,7 @@ MORE = {  # with LONG_TESTS=1
     ],
 }
 # GradScaler looks at the gradients once a step, but for torch's fused optimizers
-LOOKS_AT_FP16 = ["--optimizer lars", "--recipe paper --batch-size 64 --blur 0.5"]
+LOOKS_AT_FP16 = ["--optimizer lars", "--recipe paper --batch-size 64 --blur 0.5 --warmup-epochs 0"]
 
 
 @pytest.fixture(autouse=True, scope="module")
