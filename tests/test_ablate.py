@@ -208,6 +208,23 @@ def test_a_dry_run_lists_the_commands_and_does_nothing(tree, start):
     assert not (tree / "calls").exists() and not (tree / "runs").exists()
 
 
+def test_what_is_published_can_be_left_out(tree, start):
+    """Of an earlier sitting, or of another machine: only names are known, no files"""
+    assert start().wait() == 0
+    done = sorted(path.name for path in (tree / "runs").glob("*/*") if path.is_dir())
+    shutil.rmtree(tree / "runs")
+    (tree / "calls").unlink()
+    file = tree / "results/comparisons" / f"{NAME}-shapes-x.npz.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"runs": [{"name": name} for name in done[1:]]}))
+    out, err = start("--missing").communicate()
+    assert {note.split()[2] for note in calls(tree)} == {done[0]}, out + err
+    assert f"results.py runs/ablate-{NAME}-shapes-x.npz/{done[0]} --ablation {NAME}" in out
+    file.write_text(json.dumps({"runs": [{"name": name} for name in done]}))
+    out, err = start("--missing").communicate()
+    assert "every run is in results/ already" in err and len(calls(tree)) == 3
+
+
 GETSOURCE = functools.cache(inspect.getsource)
 
 

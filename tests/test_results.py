@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -39,6 +40,22 @@ def test_comparisons_are_made_from_results(tmp_path):
     before = [(path.name, path.stat().st_mtime_ns) for path in sorted(tmp_path.iterdir())]
     results.rebuild_comparisons(tmp_path)  # writes what is out of date
     assert before == [(path.name, path.stat().st_mtime_ns) for path in sorted(tmp_path.iterdir())]
+
+
+def test_a_comparison_grows_over_several_sittings(monkeypatch):
+    """A run published anew takes the place of the older one of its name."""
+
+    def run(name, epochs):
+        config = dict(seed=0, out=name)
+        more = dict(history=[dict(seconds=1.0)], evaluations={}, base=dict(machine=epochs))
+        named = dict(name=name, method="moco", label="MoCo", dataset="x", epoch=epochs)
+        return SimpleNamespace(**named, epochs=epochs, config=config, **more)
+
+    monkeypatch.setattr(results.plots, "read_run", lambda run: run)
+    monkeypatch.setattr(results.plots, "knn_of", lambda run: None)
+    first = results.collect_comparison("momentum", [run("b", 1), run("c", 1)])
+    both = results.collect_comparison("momentum", [run("c", 2), run("a", 2)], first["runs"])
+    assert [(r["name"], r["machine"]) for r in both["runs"]] == [("a", 2), ("b", 1), ("c", 2)]
 
 
 def test_what_the_jpeg_copy_is_worth_is_as_measured():

@@ -12,6 +12,7 @@ The names and what they stand for are in tools/ablations.py.
 import argparse
 import fcntl
 import itertools
+import json
 import os
 import re
 import shlex
@@ -69,6 +70,12 @@ def plan(args):
             steps.append((run / (f"probe-{share}" if few else "") / "linear.pt", probe))
         runs[run] = steps
     return runs, ["plots.py", *map(str, runs), "--ablation", args.name, "--out", f"figures/{title}"]
+
+
+def published(title):
+    """Names of the runs that are in results/, from this sitting or an earlier one"""
+    file = ROOT / "results" / "comparisons" / f"{title.removeprefix('ablate-')}.json"
+    return {run["name"] for run in json.loads(file.read_text())["runs"]} if file.exists() else set()
 
 
 def python(argv, **options):
@@ -134,9 +141,15 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, help="other than the scale's")
     parser.add_argument("--args", default="", help="more flags for pretraining: --args='--lr 0.1'")
     parser.add_argument("--jobs", type=int, help="runs at a time [one per core; 1 on a GPU]")
+    parser.add_argument("--missing", action="store_true", help="without runs that are in results/")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     args = parser.parse_args()
     runs, figure = plan(args)
+    if args.missing:
+        done = published(next(iter(runs)).parent.name)
+        runs = {run: steps for run, steps in runs.items() if run.name not in done}
+    if not runs:
+        sys.exit("every run is in results/ already")
     if args.dry_run:
         for argv in [*(argv for steps in runs.values() for _, argv in steps), figure]:
             print(shlex.join(["python", *argv]))
@@ -150,5 +163,8 @@ if __name__ == "__main__":
     if signals:
         print("stopped: the same command resumes", file=sys.stderr)
         sys.exit(128 + signals[0])
+    if args.missing:  # the figure is of all runs
+        print("next: python tools/results.py", *runs, "--ablation", args.name)
+        sys.exit(bool(failed))
     figure = [word for word in figure if Path(word) not in failed]
     sys.exit(python(figure).wait() or bool(failed))

@@ -429,7 +429,8 @@ def mark_in(path):
 
 
 # %% Comparisons: of each run, what tools/report.py needs for the table and the figure
-def collect_comparison(name, folders):
+def collect_comparison(name, folders, published=()):
+    """published: runs of earlier sittings, kept unless one of their name is among the new ones"""
     runs = []
     for run in map(plots.read_run, folders):
         found = {key: getattr(run, key) for key in "method label dataset epoch epochs".split()}
@@ -442,7 +443,9 @@ def collect_comparison(name, folders):
             for n, e in probes.items()
         }
         runs.append(found | dict(machine=run.base["machine"]))
-    return dict(comparison=name, runs=runs)
+    new = {run["name"] for run in runs}
+    runs += [run for run in published if run["name"] not in new]
+    return dict(comparison=name, runs=sorted(runs, key=lambda run: run["name"]))
 
 
 def comparisons(folder=ROOT / "results" / "comparisons"):
@@ -499,7 +502,9 @@ if __name__ == "__main__":
         stem = args.runs[0].resolve().parent.name.removeprefix("ablate-")
         file = ROOT / "results" / "comparisons" / f"{stem}.json"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(collect_comparison(args.ablation, args.runs)) + "\n")
+        old = json.loads(file.read_text())["runs"] if file.exists() else ()
+        comparison = collect_comparison(args.ablation, args.runs, old)
+        file.write_text(json.dumps(comparison) + "\n")
     elif args.runs and not args.data:
         parser.error("say with --data what the images are")
     for run in args.runs if args.data else ():
