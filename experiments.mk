@@ -34,16 +34,17 @@ figures/report-moco-%/report.html: runs/report-moco-%/linear.pt runs/report-moco
 REPORT_SIMCLR := report-simclr-$(call tag,50)
 TABLE_1 := probe-0.1 finetune-0.1 random-probe-0.1 supervised-0.1 supervised
 A_FIFTH = $(shell echo $$((($(or $(EPOCHS),50) + 4) / 5)))
+KEPT = $(shell ls $(<D)/epoch*.pt 2>/dev/null) $(<D)
 report-simclr: figures/$(REPORT_SIMCLR)/report.html  ## the course report on SimCLR: ResNet-50, 50 epochs, 10% of the labels
 
 runs/$(REPORT_SIMCLR)/pretrain.pt: | $(READY)
 	$(PYTHON) simclr.py --recipe report --keep-every $(A_FIFTH) $(call pretrain,50)
 
 runs/report-simclr-%/probe-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode probe --probe-every $(A_FIFTH) --seed $(SEED) $(EVAL)
+	$(PYTHON) linear_eval.py $(KEPT) --recipe simclr-report --mode probe --seed $(SEED) $(EVAL)
 
 runs/report-simclr-%/finetune-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
-	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode finetune --probe-every $(A_FIFTH) --seed $(SEED) $(EVAL)
+	$(PYTHON) linear_eval.py $(KEPT) --recipe simclr-report --mode finetune --seed $(SEED) $(EVAL)
 
 runs/report-simclr-%/random-probe-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
 	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode probe --init random --seed $(SEED) $(EVAL)

@@ -27,9 +27,10 @@ last epoch on the test set, and nothing is chosen by them: to compare settings, 
     python linear_eval.py runs/moco --recipe demo       # MoCo's own probe, learning rate 30
     python linear_eval.py runs/moco --init random       # the baseline: an untrained encoder
     python linear_eval.py runs/moco --mode finetune --labels 0.1    # compare --mode supervised
+    python linear_eval.py runs/moco/epoch*.pt runs/moco # those that --keep-every kept, and the last
 
 Writes linear.pt (the second checkpoint) and linear.jsonl (its own log): a plain probe beside the
-first checkpoint, everything else into a folder there, such as random/ or finetune-0.1/.
+first checkpoint, everything else into a folder there, such as random/, finetune-0.1/, epoch0010/.
 """
 
 # %%
@@ -53,7 +54,6 @@ class Config:
     init: Literal["pretrained", "random"] = "pretrained"  # random: an untrained encoder, to compare
     augment: bool = False  # new random crops and flips each epoch instead of features computed once
     crop_scale: tuple = (0.08, 1.0)  # smallest and largest share of the area that a crop keeps
-    probe_every: int = 0  # also measure epochs saved with --keep-every, every so many; 0: none
     # -- data
     data: str = ""  # other images than the checkpoint's: cifar10, ..., or an .npz file
     data_dir: str = ""  # folder for downloads; "": as in pretraining
@@ -671,13 +671,14 @@ def read_data(source, config, sha256):
 
 def output_folder(file, kind, config):
     """The folder for linear.pt: --out, or the checkpoint's, or one in it that is named after what
-    is not a plain probe: random, finetune, probe-0.1, random-finetune-0.1
+    is not a plain probe of the last epoch: random, finetune, probe-0.1, probe-0.1/epoch0010
     """
     parts = ["random"] if config.init == "random" and config.mode != "supervised" else []
     parts += [config.mode] if config.mode != "probe" or config.labels < 1 else []
     parts += [f"{config.labels:g}"] if config.labels < 1 else []
     parts = parts or ["probe"] * (kind == "linear")  # that folder has a linear.pt already
-    out = Path(config.out) if config.out else file.parent / "-".join(parts)
+    epoch = file.stem if file.stem.startswith("epoch") else ""  # one that --keep-every kept
+    out = Path(config.out) if config.out else file.parent / "-".join(parts) / epoch
     if (out / "linear.pt").resolve() == file.resolve():
         raise UserError(f"--out {out}: would replace the checkpoint that is measured")
     try:
@@ -688,35 +689,11 @@ def output_folder(file, kind, config):
     return out
 
 
-def find_kept(path, every, last):
-    """The checkpoints of every so many epochs, those before the last one"""
-    epochs = range(every, last, every) if every else ()
-    files = [file for e in epochs if (file := Path(path) / f"epoch{e:04d}.pt").exists()]
-    if every and not files:
-        why = f"--probe-every {every}: no checkpoint of such an epoch in {path}"
-        raise UserError(f"{why}; it takes the folder of a run pretrained with --keep-every")
-    return files
-
-
-def read_along(path, head):
-    """The rows of along.jsonl, by epoch, if they were measured with the settings in head."""
-    try:
-        before, *rows = map(json.loads, path.read_text().splitlines())
-        same = all(before[key] == value for key, value in json.loads(json.dumps(head)).items())
-        return {row["epoch"]: row for row in rows if same}
-    except (OSError, LookupError, TypeError, ValueError):  # none yet, or not one of ours
-        return {}
-
-
 def read_finished(path, head):
     """The result in a linear.pt if it was measured with all that is in head, else None"""
     with contextlib.suppress(UserError):
         saved = load_checkpoint(path)
         return saved["result"] if all(saved.get(key) == head[key] for key in head) else None
-
-
-def write_rows(path, rows):
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def learn(encoder, data, config, device, dtype):
@@ -756,60 +733,51 @@ def report(result, config):
 
 
 def measure(path, config):
-    """Measure a checkpoint, and with --probe-every those kept on the way to it -> its folder"""
+    """Measure a checkpoint -> the folder of its run"""
     file = find_checkpoint(path)
     seed = config.seed if config.init == "random" else None  # of an untrained encoder
-    saved, _ = load_encoder(file, seed)
+    saved, encoder = load_encoder(file, seed)
     if "train_state" in saved:
         state = f"{file} is of epoch {saved['epoch']} of {saved['epochs']}"
         print(f"warning: {state}; for the final result, pretrain first", file=sys.stderr)
     about, before = saved["data"], saved["config"]
     own = dict(data=about["name"], limit=before["limit"], holdout=about["holdout"])
     given = {key: getattr(config, key) or own[key] for key in own}
-    config = dataclasses.replace(config, **given, data_dir=config.data_dir or before["data_dir"])
+    more = dict(checkpoints=[], data_dir=config.data_dir or before["data_dir"])
+    config = dataclasses.replace(config, **given, **more)
     device, dtype = start_device(config)
     # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
     with contextlib.suppress(OSError, AttributeError):  # another system, another library
         for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
             ctypes.CDLL("libc.so.6").mallopt(*option)
-    kept = find_kept(path, config.probe_every, saved["epoch"])
     settings = SimpleNamespace(**about | vars(config))  # with size, mean and std of the images
     source = about.get("file", about["name"]) if config.data == about["name"] else config.data
     data = read_data(source, settings, about.get("sha256") if given == own else None)
     out = output_folder(file, saved.get("kind"), config)
     folder = str(file.parent if file.parent in (out, *out.parents) else out)
 
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    mark, start = fingerprint(encoder), time.monotonic()
     method = "random" if config.init == "random" else saved["method"]
     method = "supervised" if config.mode == "supervised" else method
-    head = dict(method=method, config=vars(config), data=data.about)
-    along = read_along(out / "along.jsonl", head)  # what an earlier command has measured
-    for each in [*kept, file]:
-        saved, encoder = load_encoder(each, seed)
-        encoder = encoder.to(device, memory_format=torch.channels_last)
-        mark, epoch, start = fingerprint(encoder), saved["epoch"], time.monotonic()
-        pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
-        head["pretrain"] = pretrain | {"encoder_sha256": mark}
-        if each != file and along.get(epoch, {}).get("encoder_sha256") == mark:
-            continue
-        done = None if kept else read_finished(out / "linear.pt", head | {"source": SOURCE})
-        if done:
-            report(done, config)
-            print(f"already measured: to measure again, delete {out / 'linear.pt'}")
-            return folder
-        what = f"{method}, epoch {epoch} of {saved['epochs']}" if seed is None else "untrained"
-        where = f"{data.labels['n_labels']} images of {config.data}"
-        print(f"{config.mode} of {saved['arch']} ({what}) on {where}", flush=True)
-        head["machine"] = machine = describe_machine(device, dtype, config.seed)
-        learned = learn(encoder, data, settings, device, dtype)
-        machine["seconds"], result = time.monotonic() - start, learned["result"]
-        if learned["encoder_sha256"] != mark and not encoder_learns(config):
-            raise UserError("the encoder has changed, so this was no probe; please report it", 3)
-        report(result, config)
-        if kept:
-            row = {k: result[k] for k in "lr top1 top3 top5 test_loss correct n_test".split()}
-            along[epoch] = {"epoch": epoch, **row, "encoder_sha256": mark}
-            write_rows(out / "along.jsonl", [head, *(along[epoch] for epoch in sorted(along))])
-    write_rows(out / "linear.jsonl", [head, *learned["history"], {"result": result}])
+    pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
+    pretrain["encoder_sha256"] = mark
+    head = dict(method=method, config=vars(config), data=data.about, pretrain=pretrain)
+    if done := read_finished(out / "linear.pt", head | {"source": SOURCE}):
+        report(done, config)
+        print(f"already measured: to measure again, delete {out / 'linear.pt'}")
+        return folder
+    what = f"{method}, epoch {saved['epoch']} of {saved['epochs']}" if seed is None else "untrained"
+    where = f"{data.labels['n_labels']} images of {config.data}"
+    print(f"{config.mode} of {saved['arch']} ({what}) on {where}", flush=True)
+    head["machine"] = machine = describe_machine(device, dtype, config.seed)
+    learned = learn(encoder, data, settings, device, dtype)
+    if learned["encoder_sha256"] != mark and not encoder_learns(config):
+        raise UserError("the encoder has changed, so this was no probe; please report it", 3)
+    machine["seconds"] = time.monotonic() - start
+    report(learned["result"], config)
+    rows = head, *learned["history"], {"result": learned["result"]}
+    write_atomic(out / "linear.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     checkpoint = dict(format=FORMAT, kind="linear", **head, **learned, source=SOURCE)
     checkpoint |= dict(epoch=config.epochs, epochs=config.epochs, dim=encoder.dim)
     checkpoint |= dict(arch=saved["arch"], width=saved["width"])
@@ -821,13 +789,12 @@ def measure(path, config):
 
 def check_together(config):
     """UserError if settings do not go together."""
-    supervised, random = config.mode == "supervised", config.init == "random"
+    supervised = config.mode == "supervised"
     wrong = {
         "--out goes with one checkpoint": config.out and len(config.checkpoints) > 1,
         "--lr: only --mode probe takes several": len(config.lr) > 1 and config.mode != "probe",
         "--nesterov needs --sgd-momentum": config.nesterov and not config.sgd_momentum,
         "--encoder-lr 0: needs --mode finetune": supervised and not config.encoder_lr,
-        "--probe-every: an untrained encoder has no epochs": config.probe_every and random,
     }
     for why in (why for why in wrong if wrong[why]):
         raise UserError(why)

@@ -763,7 +763,7 @@ def seed_of(*numbers):
 STATEFUL = "model", "optimizer", "scaler"
 MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
 OF_A_RUN = """*.tmp pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt linear.pt linear.jsonl
-    along.jsonl knn.jsonl map.npz neighbours.npz"""
+    knn.jsonl map.npz neighbours.npz"""
 
 
 class Run:

@@ -368,9 +368,8 @@ def draw_level(axes, value, label, i=None):
 
 def legend_below(figure, columns=4):
     """One legend for all panels"""
-    handles = {}
-    for axes in figure.axes:
-        handles |= {fill(label, 50): h for h, label in zip(*axes.get_legend_handles_labels())}
+    found = (zip(*axes.get_legend_handles_labels()) for axes in figure.axes)
+    handles = {fill(label, 50): handle for pairs in found for handle, label in pairs}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
@@ -426,9 +425,9 @@ def read_run(path):
     path = Path(path)
     base = read_checkpoint(*(path / f"{name}.pt" for name in ("pretrain", "last", "prev")))
     found = {"": read_evaluation(path)} if path.is_dir() else {}
-    for file in sorted((*path.glob("*/linear.pt"), *path.glob("*/along.jsonl"))):
-        if not (file.parent / "pretrain.pt").exists():  # that would be another run
-            found[file.parent.name] = read_evaluation(file.parent)
+    for folder in sorted(file.parent for file in path.glob("*/linear.pt")):
+        if not (folder / "pretrain.pt").exists() and not folder.name.startswith("epoch"):
+            found[folder.name] = read_evaluation(folder)  # neither another run nor part of along
     if path.is_file() and (base := read_checkpoint(path))["kind"] == "linear":
         found = {"": read_evaluation(path.parent, base)}
     base = base or found and found[""].saved
@@ -438,7 +437,7 @@ def read_run(path):
         of = e.saved.get("pretrain", base) if e.saved and e.init == "pretrained" else base
         if (of["epoch"], of["config"]) != (base["epoch"], base["config"]):
             print(f"note: {path / name / 'linear.pt'} is of another epoch or run, skipped")
-            e.saved, e.result = None, {}
+            e.saved, e.result, e.along = None, {}, e.along * (of["config"] == base["config"])
     pretrain = base if base["kind"] == "pretrain" else base.get("pretrain") or {}
     run = SimpleNamespace(path=path, base=base, method=base["method"], data=base["data"])
     run.name = path.resolve().name if path.is_dir() else f"{path.resolve().parent.name}/{path.stem}"
@@ -490,13 +489,14 @@ def read_checkpoint(*paths):
 
 
 def read_evaluation(folder, saved=None):
-    """What linear_eval.py left in a folder: linear.pt and along.jsonl, either can be missing"""
-    saved, rows = saved or read_checkpoint(folder / "linear.pt"), read_rows(folder / "along.jsonl")
-    e = SimpleNamespace(saved=saved, result=saved["result"] if saved else {})
-    e.config = (saved or (rows or [{}])[0]).get("config", {})
+    """What linear_eval.py left in a folder, and of kept checkpoints in epoch0010/, ... there"""
+    saved = saved or read_checkpoint(folder / "linear.pt")
+    e = SimpleNamespace(saved=saved, **{k: saved[k] if saved else {} for k in ("result", "config")})
     e.mode, e.labels = e.config.get("mode", "probe"), e.config.get("labels", 1.0)
     e.init = "random" if e.mode == "supervised" else e.config.get("init", "pretrained")
-    e.along = [row for row in rows if {"epoch", "top1", "top3"} <= row.keys()]
+    kept = [read_checkpoint(file) for file in sorted(folder.glob("epoch*/linear.pt"))]
+    alike = [one for one in (*kept, saved) if kept and saved and one["config"] == e.config]
+    e.along = [one["result"] | {"epoch": one["pretrain"]["epoch"]} for one in alike]
     return e
 
 
@@ -583,7 +583,7 @@ FIGURES = {  # name: what draws it, what it needs of a run, and how to get that
     "neighbours": (draw_neighbours, "neighbours", "run knn_monitor.py {path}"),
     "probe": (draw_probe, "probe", "run linear_eval.py {path}"),
     "classes": (draw_classes, "probe", "run linear_eval.py {path}"),
-    "along": (draw_along, "along", "run linear_eval.py {path} --probe-every 1"),
+    "along": (draw_along, "along", "run linear_eval.py {path} {path}/epoch*.pt (--keep-every)"),
 }
 
 

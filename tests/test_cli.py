@@ -37,7 +37,7 @@ BUDGET = {
     "moco_cifar": (1172, 290, 40),
     "fast_moco": (1243, 300, 120),
     "simclr": (1113, 280, 0),
-    "linear_eval": (864, 300, 0),
+    "linear_eval": (831, 300, 0),
     "knn_monitor": (577, 200, 0),
     "plots": (700, 600, 0),
 }

@@ -927,34 +927,31 @@ def kept(pretrained, tmp_path):
     return run
 
 
-def along(run, *flags):
-    """probe_every 2 -> the rows, and how many encoders were trained on"""
+def measure_kept(run, *flags):
+    """Epochs 2, 4 and the last of a run -> exit code, the files made, encoders trained on"""
     calls, real = [], linear_eval.learn
+    kept = [str(run / name) for name in ("epoch0002.pt", "epoch0004.pt", "")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_eval, "learn", lambda *args: calls.append(1) or real(*args))
-        assert linear_eval.main([str(run), "--probe-every", "2", *SHORT, *flags]) == 0
-    _, *rows = map(json.loads, open(run / "along.jsonl"))
-    return rows, len(calls)
+        code = linear_eval.main([*kept, *SHORT, *flags])
+    files = [run / name / "linear.pt" for name in ("epoch0002", "epoch0004", "")]
+    return code, [read(file) for file in files if file.exists()], len(calls)
 
 
-def test_along_has_a_row_for_each_kept_epoch_and_the_last(kept, tmp_path):
-    rows, trained = along(kept)
-    assert [row["epoch"] for row in rows] == [2, 4, 6] and trained == 3
-    head = json.loads(open(kept / "along.jsonl").readline())
-    assert {"method", "config", "data", "pretrain", "machine"} <= head.keys()
-    files = [kept / name for name in ("epoch0002.pt", "epoch0004.pt", "pretrain.pt")]
-    for row, file in zip(rows, files):  # as each measured by itself
-        out = tmp_path / file.stem
-        assert linear_eval.main([str(file), "--out", str(out), *SHORT]) == 0
-        alone = read(out / "linear.pt")["result"]
-        for name in ("top1", "top3", "top5", "test_loss", "correct", "n_test"):
-            assert row[name] == alone[name]
-    last = read(kept / "linear.pt")
-    assert last["result"]["test_loss"] == rows[-1]["test_loss"] and last["pretrain"]["epoch"] == 6
-    assert len({row["test_loss"] for row in rows}) == 3
+def test_each_kept_epoch_has_a_folder_of_its_own(kept, tmp_path, capsys):
+    code, results, trained = measure_kept(kept)
+    assert (code, trained) == (0, 3) and [e["pretrain"]["epoch"] for e in results] == [2, 4, 6]
+    assert len({e["result"]["test_loss"] for e in results}) == 3
+    assert f"next: python plots.py {kept}\n" in capsys.readouterr().out
+    out = tmp_path / "alone"
+    assert linear_eval.main([str(kept / "epoch0004.pt"), "--out", str(out), *SHORT]) == 0
+    assert read(out / "linear.pt")["result"] == results[1]["result"]
+    assert measure_kept(kept)[2] == 0  # all are measured already
+    assert linear_eval.main([str(kept), *SHORT]) == 0  # also if it is asked for alone
+    assert "already measured" in capsys.readouterr().out
 
 
-def test_along_goes_on_after_an_interruption(kept, monkeypatch):
+def test_kept_epochs_after_an_interruption(kept, monkeypatch):
     real, calls = linear_eval.learn, []
 
     def interrupted(*args):
@@ -965,41 +962,38 @@ def test_along_goes_on_after_an_interruption(kept, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(linear_eval, "learn", interrupted)
-        assert linear_eval.main([str(kept), "--probe-every", "2", *SHORT]) == 130
-    _, row = map(json.loads, open(kept / "along.jsonl"))
-    rows, trained = along(kept)
-    assert trained == 2 and rows[0] == row and [row["epoch"] for row in rows] == [2, 4, 6]
-    assert along(kept) == (rows, 1)  # the last one is measured each time, as it always is
+        assert measure_kept(kept)[0] == 130
+    code, results, trained = measure_kept(kept)
+    assert (code, len(results), trained) == (0, 3, 2)
 
 
-def test_along_does_not_take_the_rows_of_others(kept):
-    before, _ = along(kept)
-    rows, trained = along(kept, "--lr", "1")  # other settings
-    assert trained == 3 and rows != before
+def test_kept_epochs_are_measured_anew_if_something_has_changed(kept):
+    _, before, _ = measure_kept(kept)
+    _, results, trained = measure_kept(kept, "--lr", "1")  # other settings
+    assert trained == 3 and results != before
     other = read(kept / "epoch0004.pt") | {"encoder": read(kept / "epoch0003.pt")["encoder"]}
     torch.save(other, kept / "epoch0004.pt")
-    again, trained = along(kept, "--lr", "1")
-    assert trained == 2 and [one == two for one, two in zip(rows, again)] == [True, False, True]
-    (kept / "along.jsonl").write_text("not json")
-    assert along(kept, "--lr", "1")[1] == 3
+    _, again, trained = measure_kept(kept, "--lr", "1")
+    pairs = zip(results, again)
+    assert trained == 1 and [a["result"] == b["result"] for a, b in pairs] == [True, False, True]
 
 
-def test_along_with_finetuning_goes_into_its_folder(kept):
-    flags = ["--probe-every", "4", "--mode", "finetune", *SHORT]
-    assert linear_eval.main([str(kept), *flags]) == 0
-    assert len(open(kept / "finetune" / "along.jsonl").readlines()) == 3
-    assert not (kept / "linear.pt").exists() and (kept / "finetune" / "linear.pt").exists()
+def test_kept_epochs_with_finetuning_go_into_its_folder(kept):
+    files = [str(kept / "epoch0004.pt"), str(kept)]
+    assert linear_eval.main([*files, "--mode", "finetune", *SHORT]) == 0
+    assert (kept / "finetune/epoch0004/linear.pt").exists() and not (kept / "linear.pt").exists()
+    assert (kept / "finetune/linear.pt").exists()
 
 
 def test_a_kept_checkpoint_that_is_damaged_costs_nothing_measured(kept, capsys):
     whole = (kept / "epoch0004.pt").read_bytes()
     (kept / "epoch0004.pt").write_bytes(whole[:9000])
-    assert linear_eval.main([str(kept), "--probe-every", "2", *SHORT]) == 2
+    assert measure_kept(kept)[0] == 2
     assert "epoch0004.pt: not a readable checkpoint" in capsys.readouterr().err
     assert not (kept / "linear.pt").exists()
     (kept / "epoch0004.pt").write_bytes(whole)
-    rows, trained = along(kept)
-    assert [row["epoch"] for row in rows] == [2, 4, 6] and trained == 2
+    code, results, trained = measure_kept(kept)
+    assert (code, len(results), trained) == (0, 3, 2)
 
 
 # -- what it refuses: one line, code 2
@@ -1021,9 +1015,6 @@ def test_a_kept_checkpoint_that_is_damaged_costs_nothing_measured(kept, capsys):
         (["--mode", "supervised", "--encoder-lr", "0"], "--encoder-lr 0"),
         (["--lr-decay", "2"], "--lr-decay"),
         (["--nesterov", "--sgd-momentum", "0"], "--nesterov"),
-        (["--probe-every", "1"], "--keep-every"),
-        (["--probe-every", "1", "--init", "random"], "--probe-every"),
-        (["--probe-every", "1", "--mode", "supervised"], "--probe-every"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -280,8 +280,8 @@ def test_the_report_on_simclr_has_all_of_table_1(make):
     evaluations = {line.split(f"runs/{run} ")[1].rstrip() for line in lines if "linear_" in line}
     how = "--recipe simclr-report --mode"
     assert evaluations == {
-        f"{how} probe --probe-every 2 --seed 0",
-        f"{how} finetune --probe-every 2 --seed 0",
+        f"{how} probe --seed 0",
+        f"{how} finetune --seed 0",
         f"{how} probe --init random --seed 0",
         f"{how} supervised --seed 0",
         f"{how} supervised --labels 1 --seed 0",

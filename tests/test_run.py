@@ -257,7 +257,7 @@ def test_no_state_can_be_read(flags, interrupted, refused):
         (out / name).write_bytes(b"<html>quota exceeded</html>")
     refused(moco_cifar.main, [*flags, "--out", out], "--restart")
     assert (out / "last.pt").exists()
-    of_it, others = ("linear.pt", "along.jsonl", "knn.jsonl", "map.npz"), ("mine.pt", "mine.npz")
+    of_it, others = ("linear.pt", "linear.jsonl", "knn.jsonl", "map.npz"), ("mine.pt", "mine.npz")
     for name in (*of_it, *others):
         (out / name).touch()
     assert moco_cifar.main([*flags, "--out", str(out), "--restart"]) == 0

@@ -85,8 +85,8 @@ def collect(run, data, minutes=True):
         if linear := load(path):
             result[name] = evaluation(linear)
     for path in sorted(run.glob("*/linear.pt")):
-        if path.parent.name != "random":
-            along = rows_of(path.parent / "along.jsonl")[1:]
+        if path.parent.name != "random" and not path.parent.name.startswith("epoch"):
+            along = plots.read_evaluation(path.parent).along
             more = dict(along=along) if along else {}
             result["evaluations"][path.parent.name] = evaluation(load(path)) | more
     result["knn"] = [without(row, ("checkpoint", "data")) for row in rows_of(run / "knn.jsonl")]
