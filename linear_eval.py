@@ -557,22 +557,19 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv=None):
     """Config from the command line; in a notebook, which has none, Config as it stands"""
-    if argv is None and NOTEBOOK:
-        return check_config(Config())
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     if RECIPES:
         parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
     line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
     lines = SOURCE.rpartition("class Config:\n")[2].partition("\n\n\n")[0]
     for title, name, text in re.findall(line, lines, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
             continue
-        kind, default = fields[name].type, fields[name].default
+        kind, default = Config.__annotations__[name], getattr(Config, name, None)
         if kind is list:
-            parser.add_argument(name, nargs="*", default=[], help=text)
+            parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, help=text)
             continue
         how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
         if kind is bool:
@@ -583,7 +580,7 @@ def parse_config(argv=None):
             how = {"choices": choices}
         how |= dict(default=argparse.SUPPRESS, help=f"{text} [{default}]".replace("%", "%%"))
         group.add_argument(f"--{name.replace('_', '-')}", **how)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args([] if argv is None and NOTEBOOK else argv))
     recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
     return check_config(Config(**RECIPES.get(recipe, {}) | flags))
 

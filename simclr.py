@@ -637,27 +637,26 @@ def gather(rows):
     return torch.cat(parts)
 
 
-def sum_over_processes(tensors):
-    """Replace each tensor by its sum over the processes, in one message."""
-    if dist.is_initialized():
+def sum_over_processes(tensors, divisor=1):
+    """Replace each tensor by its sum over the processes, divided, in one message."""
+    if dist.is_initialized() and tensors:
         dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in tensors]))
-        parts = flat.split([tensor.numel() for tensor in tensors])
+        parts = (flat / divisor).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors)])
 
 
 def agree(action, here):
     """Run it where `here` is true -> the first process's result, in all; one's error ends all."""
-    outcome = [None, None]
     try:
-        outcome[0] = action() if here else None
+        outcome = action() if here else None
     except (UserError, OSError) as error:
-        outcome[1] = error
+        outcome = error
     outcomes = [outcome] * process_count()
     if dist.is_initialized():
         dist.all_gather_object(outcomes, outcome)
-    for error in [error for _, error in outcomes if error]:
+    for error in (outcome for outcome in outcomes if isinstance(outcome, Exception)):
         raise error
-    return outcomes[0][0]
+    return outcomes[0]
 
 
 class SharedOptimizer:
@@ -710,7 +709,7 @@ OF_A_RUN = """*.tmp pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt linear.
 class Run:
     """Serves a training loop its images; measures, logs, saves, and resumes after a stop."""
 
-    lock = None  # of the folder; main() closes it, or a notebook would never let go of the folder
+    ends = contextlib.ExitStack()  # what main() undoes: the lock of the folder, signal handlers
 
     def __init__(self, config):
         self.config, self.out, self.recipe = config, Path(config.out), config
@@ -771,7 +770,7 @@ class Run:
         else:
             self.save("last.pt")  # shows now whether the folder can be written
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+            self.ends.callback(signal.signal, number, signal.signal(number, self.on_signal))
         if self.is_main:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
@@ -783,28 +782,28 @@ class Run:
     def take_folder(self):
         """Lock the folder -> the newest whole checkpoint in it and its path, or None"""
         self.out.mkdir(parents=True, exist_ok=True)
-        Run.lock, trouble = open(self.out / ".lock", "a+"), None
+        lock, trouble = self.ends.enter_context(open(self.out / ".lock", "a")), None
         try:
             import fcntl
 
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.lock.seek(0)
-            raise UserError(f"--out {self.out} is in use by {self.lock.read().strip()}") from None
+            holder = (self.out / ".lock").read_text()
+            raise UserError(f"--out {self.out} is in use by {holder}") from None
         except (OSError, ImportError):  # some network drives, Windows
             print(f"warning: {self.out} can't be locked: start no second run there")
-        self.lock.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", file=self.lock, flush=True)
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
         for pattern in OF_A_RUN.split() if self.config.restart else ["*.tmp"]:
             for path in self.out.glob(pattern):
                 path.unlink()
-        for path in (self.out / name for name in ("pretrain.pt", "last.pt", "prev.pt")):
+        names = "pretrain.pt", "last.pt", "prev.pt"
+        for path in filter(Path.exists, (self.out / name for name in names)):
             try:
-                if path.exists():
-                    found = load_checkpoint(path), path
-                    if trouble:
-                        print(f"warning: {trouble}; resuming from {path.name}", file=sys.stderr)
-                    return found
+                found = load_checkpoint(path), path
+                if trouble:
+                    print(f"warning: {trouble}; resuming from {path.name}", file=sys.stderr)
+                return found
             except UserError as error:
                 trouble = trouble or error
         if trouble:
@@ -815,9 +814,8 @@ class Run:
         # a setting that is newer than the run has its default there
         old = dataclasses.asdict(Config()) | saved["config"] | {"images": saved["data"]["sha256"]}
         new = self.about["config"] | {"images": self.data.about["sha256"]}
-        changed = [k for k in new if old.get(k) != new[k] and k not in MAY_CHANGE.split()]
-        if changed:
-            changed = ", ".join(f"{k} {str(old.get(k))[:9]} -> {str(new[k])[:9]}" for k in changed)
+        if changed := [k for k in new if old[k] != new[k] and k not in MAY_CHANGE.split()]:
+            changed = ", ".join(f"{k} {str(old[k])[:9]} -> {str(new[k])[:9]}" for k in changed)
             changed = f"{self.out} holds a run with other settings ({changed})"
             raise UserError(f"{changed}: choose another --out, or --restart")
         if path.name == "pretrain.pt":
@@ -895,32 +893,31 @@ class Run:
 
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
-        total, size, order = self.config.epochs * self.steps, self.config.batch_size, None
+        config, first, total = self.config, self.step, self.config.epochs * self.steps
         hide = None if self.is_main else True  # None: where there is no terminal
-        self.bar = tqdm(total=total, initial=self.step, unit="step", disable=hide)
-        warm = self.step + 10
-        while self.step < total:
-            epoch, i = divmod(self.step, self.steps)
-            if order is None or i == 0:
-                generator = torch.Generator().manual_seed(seed_of(self.config.seed, epoch))
-                order = torch.randperm(len(self.images), generator=generator).to(self.device)
-            # all that is random in a step follows from its number: nothing else can disturb it
-            torch.manual_seed(seed_of(self.config.seed, "step", self.step))
-            self.rows = order[i * size : (i + 1) * size]  # of the batch, in all processes
-            yield epoch, self.images[shard(self.rows)]
-            self.step += 1
-            self.bar.update()
-            if self.step == warm:
-                began = time.monotonic()
-            elif self.step == warm + 20 and self.is_main:
-                minutes = (time.monotonic() - began) / 20 * (total - self.step) / 60
-                self.bar.write(f"about {minutes:.1f} min to go")
-            if self.step % 10 == 0 or i + 1 == self.steps:
-                self.sync_statistics()
-            if i + 1 == self.steps:
-                self.finish_epoch(epoch + 1)
-            if process_count() == 1 or self.step % 10 == 0:
-                self.check_clock()
+        self.bar = tqdm(total=total, initial=first, unit="step", disable=hide)
+        statistics = [b for name, b in self.model.named_buffers() if ".running_" in name]
+        for epoch in range(first // self.steps, config.epochs):
+            generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
+            order = torch.randperm(len(self.images), generator=generator).to(self.device)
+            for rows in order.split(config.batch_size)[self.step % self.steps : self.steps]:
+                if process_count() == 1 or self.step % 10 == 0:
+                    self.check_clock()
+                # all that is random in a step follows from its number: nothing else can disturb it
+                torch.manual_seed(seed_of(config.seed, "step", self.step))
+                self.rows = rows  # of the batch, in all processes
+                yield epoch, self.images[shard(rows)]
+                self.step += 1
+                self.bar.update()
+                if self.step == first + 10:
+                    began = time.monotonic()
+                elif self.step == first + 30 and self.is_main:
+                    minutes = (time.monotonic() - began) / 20 * (total - self.step) / 60
+                    self.bar.write(f"about {minutes:.1f} min to go")
+                # batch norm: at fixed steps, or a result would depend on when a state was saved
+                if self.step % 10 == 0 or self.step % self.steps == 0:
+                    sum_over_processes(statistics, process_count())
+            self.finish_epoch(epoch + 1)
         self.bar.close()
         self.save("pretrain.pt")
         if self.is_main:
@@ -934,40 +931,25 @@ class Run:
         self.loss += loss.detach()
         return self.scaler.scale(loss)
 
-    def sync_statistics(self):
-        """Batch norm's running statistics become their mean over the processes; at fixed steps, or
-        a result would depend on when a state was saved.
-        """
-        statistics = [b for name, b in self.model.named_buffers() if ".running_" in name]
-        if statistics and dist.is_initialized():
-            sum_over_processes(statistics)
-            torch._foreach_div_(statistics, process_count())
-
     def check_clock(self):
         """Between steps: is it time to save, or to stop?"""
         due = [self.signal, time.monotonic() - self.saved > self.config.save_seconds]
         if dist.is_initialized():  # all processes must do the same
             dist.all_reduce(due := torch.tensor(due, device=self.device), dist.ReduceOp.MAX)
         stop, save = map(int, due)
-        if (save or stop) and self.step % self.steps:
-            self.mean_loss()
         if save or stop:
             self.save("last.pt")
         if stop:
             raise UserError(f"stopped by signal {stop}, saved; to resume, run it again", 128 + stop)
 
-    def mean_loss(self):
-        """Over this epoch's steps; the one place where training waits for the device"""
-        loss = float(self.loss) / (self.step % self.steps or self.steps)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.step}: lower --lr, --restart", 3)
-        self.bar.set_postfix(loss=f"{loss:.3f}")
-        return loss
-
     def finish_epoch(self, epoch):
         """Log it; measure the k-NN accuracy and keep a checkpoint when it is time."""
         config, left = self.config, self.config.epochs - epoch
-        row = {"epoch": epoch, "loss": self.mean_loss(), "lr": self.optimizer.param_groups[0]["lr"]}
+        loss = float(self.loss) / self.steps  # until now training has not waited for the device
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step}: lower --lr, --restart", 3)
+        self.bar.set_postfix(loss=f"{loss:.3f}")
+        row = {"epoch": epoch, "loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
         compared = nn.Sequential(self.encoder, self.head)  # 1: on the whole sphere, 0: collapsed
         z = unit(extract_features(compared, self.images[:1000], config, self.autocast))
         row["spread"] = float(z.std(0).mean() * z.shape[1] ** 0.5)
@@ -1024,22 +1006,19 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv=None):
     """Config from the command line; in a notebook, which has none, Config as it stands"""
-    if argv is None and NOTEBOOK:
-        return check_config(Config())
     form = argparse.RawDescriptionHelpFormatter
     parser = group = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     if RECIPES:
         parser.add_argument("--recipe", choices=RECIPES, help="settings to start from")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
     line = r"^    (?:# -- (.*)|(\w+):.*  # (.*))$"  # a group's title, or a field and its comment
     lines = SOURCE.rpartition("class Config:\n")[2].partition("\n\n\n")[0]
     for title, name, text in re.findall(line, lines, re.MULTILINE):
         if title:
             group = parser.add_argument_group(title)
             continue
-        kind, default = fields[name].type, fields[name].default
+        kind, default = Config.__annotations__[name], getattr(Config, name, None)
         if kind is list:
-            parser.add_argument(name, nargs="*", default=[], help=text)
+            parser.add_argument(name, nargs="*", default=argparse.SUPPRESS, help=text)
             continue
         how = {"type": kind, "metavar": getattr(kind, "__name__", "").upper()}
         if kind is bool:
@@ -1050,7 +1029,7 @@ def parse_config(argv=None):
             how = {"choices": choices}
         how |= dict(default=argparse.SUPPRESS, help=f"{text} [{default}]".replace("%", "%%"))
         group.add_argument(f"--{name.replace('_', '-')}", **how)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args([] if argv is None and NOTEBOOK else argv))
     recipe = flags.pop("recipe", None) or flags.get("mode")  # a mode can have one of its name
     return check_config(Config(**RECIPES.get(recipe, {}) | flags))
 
@@ -1077,17 +1056,14 @@ def check_config(config):
 
 def main(argv=None):
     """Pretrain as the command line says -> exit code"""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = parse_config(argv)
         train(config, Run(config))
         return 0
-    except UserError as error:
-        message, code = error, error.code
+    except (UserError, OSError) as error:
+        message, code = error, getattr(error, "code", 2)
     except KeyboardInterrupt:
         message, code = "stopped before the first step", 130
-    except OSError as error:
-        message, code = error, 2
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if full or "DefaultCPUAllocator" in str(error):
@@ -1097,10 +1073,7 @@ def main(argv=None):
         else:
             raise
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if Run.lock:
-            Run.lock.close()
+        Run.ends.close()
         if dist.is_initialized():
             time.sleep(0.1)  # torch 2.6 hangs if a thread of gloo has not yet let go of a tensor
             dist.destroy_process_group()

@@ -34,9 +34,9 @@ FLAGLESS = ("checkpoints", "runs")  # they stand alone in the command line
 # lowered. (All but the last were raised by 3 to 37: what a run says as it goes, the ViT, and errors
 # that had been tracebacks.) The aim for the whole is 860, 960, 810, 720, 500.
 BUDGET = {
-    "moco_cifar": (1172, 290, 40),
-    "fast_moco": (1243, 300, 120),
-    "simclr": (1113, 280, 0),
+    "moco_cifar": (1145, 290, 40),
+    "fast_moco": (1216, 300, 120),
+    "simclr": (1086, 280, 0),
     "linear_eval": (831, 300, 0),
     "knn_monitor": (577, 200, 0),
     "plots": (700, 600, 0),
