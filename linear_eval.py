@@ -315,6 +315,7 @@ import tempfile
 import time
 import typing
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -686,19 +687,9 @@ def output_folder(file, kind, config):
     return out
 
 
-def read_finished(path, head):
-    """The result in a linear.pt if it was measured with all that is in head, else None"""
-    with contextlib.suppress(UserError):
-        saved = load_checkpoint(path)
-        return saved["result"] if all(saved.get(key) == head[key] for key in head) else None
-
-
 def learn(encoder, data, config, device, dtype):
     """Train and evaluate -> what a checkpoint says of it"""
-
-    def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     scaled = dtype == torch.float16 and encoder_learns(config)
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     data, more = prepare(encoder, data, config, autocast), dict(data.labels)
@@ -760,10 +751,12 @@ def measure(path, config):
     pretrain = {key: saved[key] for key in ("method", "epoch", "epochs", "config")}
     pretrain["encoder_sha256"] = mark
     head = dict(method=method, config=vars(config), data=data.about, pretrain=pretrain)
-    if done := read_finished(out / "linear.pt", head | {"source": SOURCE}):
-        report(done, config)
-        print(f"already measured: to measure again, delete {out / 'linear.pt'}")
-        return folder
+    with contextlib.suppress(UserError):  # there is no linear.pt, or it cannot be read
+        done, same = load_checkpoint(out / "linear.pt"), head | {"source": SOURCE}
+        if all(done.get(key) == same[key] for key in same):
+            report(done["result"], config)
+            print(f"already measured: to measure again, delete {out / 'linear.pt'}")
+            return folder
     what = f"{method}, epoch {saved['epoch']} of {saved['epochs']}" if seed is None else "untrained"
     where = f"{data.labels['n_labels']} images of {config.data}"
     print(f"{config.mode} of {saved['arch']} ({what}) on {where}", flush=True)
