@@ -27,7 +27,7 @@ last epoch on the test set, and nothing is chosen by them: to compare settings, 
     python linear_eval.py runs/moco --recipe demo       # MoCo's own probe, learning rate 30
     python linear_eval.py runs/moco --init random       # the baseline: an untrained encoder
     python linear_eval.py runs/moco --mode finetune --labels 0.1    # compare --mode supervised
-    python linear_eval.py runs/moco/epoch*.pt runs/moco # those that --keep-every kept, and the last
+    python linear_eval.py runs/moco/epoch*.pt runs/moco  # kept by --keep-every, and the last one
 
 Writes linear.pt (the second checkpoint) and linear.jsonl (its own log): a plain probe beside the
 first checkpoint, everything else into a folder there, such as random/, finetune-0.1/, epoch0010/.

@@ -557,7 +557,7 @@ def save_checkpoint(path, checkpoint, previous=None):
     """Write it atomically, with tensors on the CPU; UserError with 3 if one is not finite."""
     checkpoint = tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint)
     if not all(x.isfinite().all() for x in tree_leaves(checkpoint) if isinstance(x, torch.Tensor)):
-        raise UserError("training diverged, weights are not finite: lower --lr, --restart", 3)
+        raise UserError("training diverged, loss or weights not finite: lower --lr, --restart", 3)
     torch.save(checkpoint, buffer := io.BytesIO())
     write_atomic(path, buffer.getbuffer(), previous)
 
@@ -638,7 +638,7 @@ def gather(rows):
 
 
 def sum_over_processes(tensors, divisor=1):
-    """Replace each tensor by its sum over the processes, divided, in one message."""
+    """Replace each tensor by its sum over the processes / divisor, in one message."""
     if dist.is_initialized() and tensors:
         dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in tensors]))
         parts = (flat / divisor).split([tensor.numel() for tensor in tensors])
@@ -914,7 +914,7 @@ class Run:
                 elif self.step == first + 30 and self.is_main:
                     minutes = (time.monotonic() - began) / 20 * (total - self.step) / 60
                     self.bar.write(f"about {minutes:.1f} min to go")
-                # batch norm: at fixed steps, or a result would depend on when a state was saved
+                # the processes' mean, at fixed steps: no result may depend on when a state is saved
                 if self.step % 10 == 0 or self.step % self.steps == 0:
                     sum_over_processes(statistics, process_count())
             self.finish_epoch(epoch + 1)

@@ -148,8 +148,10 @@ if __name__ == "__main__":
     if args.missing:
         done = published(next(iter(runs)).parent.name)
         runs = {run: steps for run, steps in runs.items() if run.name not in done}
+        figure = ["tools/results.py", *map(str, runs), "--ablation", args.name]  # of all runs
     if not runs:
-        sys.exit("every run is in results/ already")
+        print("every run is in results/ already")
+        sys.exit()
     if args.dry_run:
         for argv in [*(argv for steps in runs.values() for _, argv in steps), figure]:
             print(shlex.join(["python", *argv]))
@@ -163,8 +165,8 @@ if __name__ == "__main__":
     if signals:
         print("stopped: the same command resumes", file=sys.stderr)
         sys.exit(128 + signals[0])
-    if args.missing:  # the figure is of all runs
-        print("next: python tools/results.py", *runs, "--ablation", args.name)
-        sys.exit(bool(failed))
     figure = [word for word in figure if Path(word) not in failed]
+    if args.missing:  # to publish is for the user to decide
+        print("next:", shlex.join(["python", *figure]))
+        sys.exit(bool(failed))
     sys.exit(python(figure).wait() or bool(failed))
