@@ -94,11 +94,11 @@ class Config:
 
 RECIPES = {
     "demo": {},  # the defaults: the official CIFAR-10 demo of MoCo
+    "cpu": dict(width=16, epochs=80, batch_size=256, lr=0.12, crop_scale=(0.2, 1.0)),  # two hours
     # the course report; "initialized to 0.015" is taken as the start of a cosine
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6, key_momentum=0.99),
-    # MoCo v2, Table 1: head, temperature, blur, schedule. The rest is demo's, jitter included
-    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),
-    "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),
+    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # MoCo v2, Table 1;
+    "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),  # the rest is demo's
 }
 
 

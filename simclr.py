@@ -93,10 +93,10 @@ class Config:
 VIEWS = dict(crop_scale=(0.08, 1.0), gray=0.2)
 RECIPES = {
     "cifar": {},  # the defaults: those of github.com/dkobak/simclr-cifar10, for CIFAR-10
+    "cpu": dict(width=16, temperature=0.2, epochs=55, batch_size=256, lr=0.12, warmup_epochs=1.0),
     # the course report; "the biggest batch size we can fit" was about 200 there
     "report": dict(arch="resnet50", head="linear", dim=1024, epochs=50, batch_size=200)
-    | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant")
-    | VIEWS,
+    | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant", **VIEWS),
     # the paper's optimizer and rate, 0.3 for every 256 images (sec. 2.3), and views (appendix B.9)
     "paper": dict(optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10.0) | VIEWS,
 }

@@ -490,7 +490,8 @@ PAPER = {  # arXiv:2002.05709: sec. 2.1, appendix A and B.9
     "gray": 0.2,
 }
 
-CHANGES = {"cifar": {}, "report": REPORT, "paper": PAPER}
+CPU = dict(width=16, temperature=0.2, epochs=55, batch_size=256, lr=0.12, warmup_epochs=1.0)
+CHANGES = {"cifar": {}, "cpu": CPU, "report": REPORT, "paper": PAPER}
 
 
 @pytest.mark.parametrize("recipe", CHANGES)
