@@ -140,6 +140,16 @@ def test_a_probe_worse_than_guessing_is_left_out(loss, shown):
     assert table.splitlines()[-1] == shown
 
 
+def test_a_run_to_choose_settings_with_is_no_result():
+    """Its accuracy is of held-out training images."""
+    tuned = row(0, 900)
+    tuned["data"] = tuned["data"] | {"holdout": 5000}
+    for table in (results.table_of_runs, results.table_of_best):
+        assert "80.0" in table([row(0, 800), tuned]) and "90.0" not in table([row(0, 800), tuned])
+    (line,) = rows(results.table_of_tuning([row(0, 800), tuned]))
+    assert "90.0" in line
+
+
 def test_a_number_of_the_head_is_not_shown_as_the_backbones():
     run = row(0, 800)
     run["knn"].append({"what": "moco", "correct": 900, "n_test": 1000, "features": "head"})

@@ -35,7 +35,7 @@ import report  # noqa: E402
 import plots  # noqa: E402
 
 # between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
-PAGES = {"README.md": ["best"], "docs/results.md": ["runs", "labels", "speed"]}
+PAGES = {"README.md": ["best"], "docs/results.md": ["runs", "tuning", "labels", "speed"]}
 # files whose code has since changed in a way that matters: their rows say so
 STALE = ["bench-intel-r-xeon-r-processor*"]  # before the scripts were simplified
 SCRIPTS = {"moco": "moco_cifar", "simclr": "simclr", "fast-moco": "fast_moco"}
@@ -105,11 +105,13 @@ def published(folder=ROOT / "results"):
 
 
 # %% From the files to the rows
-def grouped(results):
-    """Lists of runs that differ only in their seed: real images first, and most of them first"""
+def grouped(results, tuning=False):
+    """Lists of runs that differ only in their seed: real images first, and most of them first.
+    tuning: those that were evaluated on held-out training images, to choose settings with
+    """
     groups = {}
     for result in results:
-        if "history" in result:
+        if "history" in result and bool(result["data"].get("holdout")) == tuning:
             where = result["machine"]["device"], result["machine"]["precision"]
             config = without(result["config"], ["seed"])
             key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
@@ -176,6 +178,9 @@ def cells_of(group):
         "images": f"{run['data']['name']}, {run['data']['n_train']:,}",
         "encoder": f"{config['arch']}, width {config['width']}",
         "epochs": config["epochs"],
+        "temperature": config.get("temperature"),
+        "learning rate": config.get("lr"),
+        "image size": config.get("image_size"),
         "seeds": len(group),
         "k-NN %": show(knn(group)),
         "probe %": show(probe(group)),
@@ -226,7 +231,15 @@ def with_commands(groups, columns=None):
 
 def table_of_runs(results):
     """All runs, a row for those that differ only in their seed"""
-    return with_commands(grouped(results))
+    columns = ["", "method", "images", "encoder", "epochs", "seeds", "k-NN %", "probe %"]
+    columns += ["pixels k-NN %", "untrained k-NN %", "minutes", "machine", "date", "commit"]
+    return with_commands(grouped(results), columns)
+
+
+def table_of_tuning(results):
+    """The runs with which the settings of --recipe cpu were chosen, the best first"""
+    columns = ["", "method", "temperature", "learning rate", "image size", "epochs", "k-NN %"]
+    return with_commands(grouped(results, tuning=True), [*columns, "machine", "date"])
 
 
 def table_of_best(results):
