@@ -140,6 +140,38 @@ def test_a_probe_worse_than_guessing_is_left_out(loss, shown):
     assert table.splitlines()[-1] == shown
 
 
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("MoCo", "moco"),
+        ("SimCLR", "simclr"),
+        ("Fast-MoCo, --encode whole", "fast-moco"),
+    ],
+)
+def test_work_is_what_bench_counts_in_a_whole_step(name, method):
+    """But for the heads, which a row's PFLOP leave out"""
+    count = json.loads((ROOT / "results/count.json").read_text())
+    whole = sum(part["flop"] for part in count["methods"][name].values())
+    run = row(0, 800, method)
+    run["data"]["n_train"] = count["settings"]["batch_size"]
+    run["config"] |= dict(arch="resnet18", width=64)
+    assert 0.97 < results.training_flop([run]) / whole < 1.001
+
+
+def test_the_race_counts_from_the_first_measurement_past_a_goal():
+    run = row(
+        0,
+        800,
+        history=[
+            dict(epoch=e, loss=1.0, knn_top1=k, seconds=60 * e) for e, k in ((1, 0.59), (2, 0.68))
+        ],
+    )
+    run["data"] |= {"n_train": 50_000}
+    found = rows(results.table_of_race([run]))
+    assert [line.split(" | ")[0] for line in found] == ["| 60 (68.0)", "| 65 (68.0)"]
+    assert all(" | 2 | 2 | " in line for line in found)
+
+
 def test_a_run_to_choose_settings_with_is_no_result():
     """Its accuracy is of held-out training images."""
     tuned = row(0, 900)

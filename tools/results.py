@@ -14,6 +14,7 @@ table of speeds; of equal measurements the latest counts.
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import importlib
 import itertools
@@ -27,6 +28,7 @@ from types import SimpleNamespace
 import matplotlib
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,7 +37,11 @@ import report  # noqa: E402
 import plots  # noqa: E402
 
 # between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
-PAGES = {"README.md": ["best"], "docs/results.md": ["runs", "tuning", "labels", "speed"]}
+PAGES = {
+    "README.md": ["best"],
+    "docs/results.md": ["runs", "tuning", "labels", "speed"],
+    "docs/race.md": ["race"],
+}
 # files whose code has since changed in a way that matters: their rows say so
 STALE = ["bench-intel-r-xeon-r-processor*"]  # before the scripts were simplified
 SCRIPTS = {"moco": "moco_cifar", "simclr": "simclr", "fast-moco": "fast_moco"}
@@ -186,11 +192,33 @@ def cells_of(group):
         "probe %": show(probe(group)),
         "pixels k-NN %": show(knn(group, "pixels")),
         "untrained k-NN %": show(knn(group, "random")),
+        "PFLOP": f"{config['epochs'] * training_flop(group) / 1e15:.2g}",
         "minutes": f"{statistics.median(seconds) / 60:.1f}" if seconds else "",
         "machine": machine_of(run),
         "date": run["machine"]["started"][:10],
         "commit": run["machine"]["commit"][:7],
     }
+
+
+@functools.cache
+def forward_flop(script, arch, width, size):
+    """What one image costs in a pass through the encoder, counted; a multiply-add is two"""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder = importlib.import_module(script).build_encoder(arch, width).eval()
+        encoder(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops()
+
+
+def training_flop(group):
+    """The encoder's work in an epoch; heads, augmentation and k-NN are left out. A view that is
+    learned from costs three passes, one with its backward pass, and any other costs one.
+    """
+    run, config = group[0], group[0]["config"]
+    passes = {"simclr": 6, "fast-moco": 8, "moco": 4}[run["method"]]
+    passes = {"memory-bank": 3, "end-to-end": 6}.get(config.get("mechanism"), passes)
+    passes *= 1 + config.get("symmetric", False)
+    shape = config["arch"], config["width"], run["data"].get("image_size", 32)
+    return passes * run["data"]["n_train"] * forward_flop(SCRIPTS[run["method"]], *shape)
 
 
 def command_of(group):
@@ -232,14 +260,31 @@ def with_commands(groups, columns=None):
 def table_of_runs(results):
     """All runs, a row for those that differ only in their seed"""
     columns = ["", "method", "images", "encoder", "epochs", "seeds", "k-NN %", "probe %"]
-    columns += ["pixels k-NN %", "untrained k-NN %", "minutes", "machine", "date", "commit"]
-    return with_commands(grouped(results), columns)
+    columns += ["pixels k-NN %", "untrained k-NN %", "PFLOP", "minutes"]
+    return with_commands(grouped(results), [*columns, "machine", "date", "commit"])
 
 
 def table_of_tuning(results):
     """The runs with which the settings of --recipe cpu were chosen, the best first"""
     columns = ["", "method", "temperature", "learning rate", "image size", "epochs", "k-NN %"]
-    return with_commands(grouped(results, tuning=True), [*columns, "machine", "date"])
+    return with_commands(grouped(results, tuning=True), [*columns, "PFLOP", "machine", "date"])
+
+
+def table_of_race(results):
+    """Minutes and PFLOP of the runs on all real images when k-NN was first seen at 60, 65, 70%"""
+    rows = []
+    for group in grouped(results):
+        full = is_real(group) and not is_copy(group) and group[0]["data"]["n_train"] == 50_000
+        for goal in (60, 65, 70) if full else ():
+            reached = [r for r in curve_of(group, "minutes") if 100 * r["knn_top1"] >= goal]
+            if reached:  # k-NN is measured every few epochs
+                first, cells = reached[0], cells_of(group)
+                row = {"k-NN %": f"{goal} ({100 * first['knn_top1']:.1f})"}
+                row |= {name: cells[name] for name in ("method", "encoder", "epochs")}
+                row |= {"epoch": first["epoch"], "minutes": f"{first['seconds'] / 60:.0f}"}
+                row |= {"PFLOP": f"{first['epoch'] * training_flop(group) / 1e15:.2g}"}
+                rows.append(row | {"machine": cells["machine"]})
+    return markdown(sorted(rows, key=lambda row: (row["k-NN %"][:2], float(row["PFLOP"]))))
 
 
 def table_of_best(results):
