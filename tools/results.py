@@ -439,7 +439,7 @@ def draw_knn(panels, against, band):
             short = encoder_of(group).replace(" of width ", " w")
             label += f", {short}" * (len(encoders) > 1)
             others = {g[0]["config"].get("temperature") for g in groups if g[0]["method"] == method}
-            label += f", T {group[0]['config'].get('temperature'):g}" * (len(others) > 1)
+            label += f", T {group[0]['config'].get('temperature')}" * (len(others) > 1)
             label += f", {group[0]['config']['epochs']} epochs: {show(knn(group))}"
             label += f" ({machine_of(group[0])})" * (len(machines) > 1 and against == "minutes")
             i = [*SCRIPTS].index(method)  # a method's first curve has its colour in all panels
