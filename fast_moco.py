@@ -14,7 +14,7 @@ negatives are the other images of the batch.
 What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary):
  1. The stem fits 32x32 images, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
- 3. --encode whole is MoCo v3 with these heads, without its factor 2T. Patches take 8% more FLOPs.
+ 3. --encode whole is MoCo v3 with these heads, its loss without the 2T. Patches take 8% more FLOPs.
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
 The loss is the sum of both directions: guessing gives 2 ln N, 12.48 at batch 512.
 
