@@ -139,7 +139,7 @@ def draw_fast_moco(run):
     return figure
 
 
-FRAMEWORKS = {"nnclr": "NNCLR", "byol": "BYOL", "simsiam": "SimSiam", "moco": "MoCo v3 (ctr)"}
+FRAMEWORKS = {"nnclr": "NNCLR", "byol": "BYOL", "simsiam": "SimSiam", "moco": "MoCo v3"}
 DIAGRAMS = {"moco": draw_moco, "simclr": draw_simclr, "fast-moco": draw_fast_moco}
 
 
@@ -454,7 +454,9 @@ def read_run(path):
     run.gallery, run.knn = read_gallery(base), read_rows(path / "knn.jsonl")
     run.map, run.neighbours = (read_npz(path / f"{n}.npz", run) for n in ("map", "neighbours"))
     run.map_random = read_npz(path / "map-random.npz")
-    run.label, data = METHODS.get(run.method, run.method), Path(run.data["name"]).stem
+    # Fast-MoCo with whole views is the framework itself
+    whole = run.config.get("encode") == "whole" and FRAMEWORKS[run.config["framework"]]
+    run.label, data = whole or METHODS.get(run.method, run.method), Path(run.data["name"]).stem
     run.which = "held-out training image" if run.data.get("holdout") else "test image"
     run.dataset, width = DATASETS.get(data, data), base["width"]
     run.shape = base["arch"].replace("resnet", "ResNet-") + f" of width {width}" * (width != 64)
@@ -668,8 +670,6 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(argv=None):
     """Config from the command line; in a notebook, which has none, Config as it stands"""
-    if argv is None and NOTEBOOK:
-        return Config()
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", help="run folders or checkpoint files")
@@ -678,7 +678,7 @@ def parse_flags(argv=None):
     parser.add_argument("--report", action="store_true", help="also write report.html, .md [False]")
     parser.add_argument("--ablation", help="compare runs, see tools/ablations.py [none]")
     parser.set_defaults(**vars(Config()))
-    return Config(**vars(parser.parse_args(argv)))
+    return Config(**vars(parser.parse_args([] if argv is None and NOTEBOOK else argv)))
 
 
 def main(argv=None):
