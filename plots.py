@@ -127,12 +127,12 @@ def draw_fast_moco(run):
     task += f"T = {c.temperature:g}, which of N = {n} is mine?" * run.negatives
     task += f"\nz: nearest of {c.queue_size} before" * (c.framework == "nnclr")
     figure, box, arrow, text = new_diagram(run, names, nets, vectors, update, task, grid)
-    for k, chosen in enumerate(means[:6] if parts <= 9 and final else []):
+    for k, chosen in enumerate(means[:6] if 1 < parts <= 9 and final else []):
         for i, j in itertools.product(range(grid), range(grid)):  # which patches are averaged
             at = 9.5 + 0.6 * (k % 3) + side * j, 3.6 - 0.6 * (k // 3) - side * i
             opacity = 0.8 if grid * i + j in chosen else 0.1
             box(*at, side, side, "", GREEN, opacity=opacity, square=True)
-    text(10.3, 2.55, how)
+    text(10.3, 2.55, how * (parts > 1))
     arrow((9.1, 5.0), (10.3, 5.0))
     arrow((9.1, 1.4), (12.4, 1.4), "target: whole view", (10.8, 1.6))
     arrow((12.4, 1.4), (12.4, 4.2), "both\ndirections", (13.1, 3.2))
