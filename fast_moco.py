@@ -14,9 +14,9 @@ negatives are the other images of the batch.
 What differs from the paper (Fast-MoCo, arXiv:2207.08220, and its supplementary):
  1. The stem fits 32x32 images, and a patch has 16x16 pixels, not 112x112.
  2. The target branch starts as a copy of the online one. T is 0.2, not 1; there is no blur.
- 3. --encode whole is MoCo v3 with these heads, its loss without the 2T. Patches take 8% more FLOPs.
+ 3. --encode whole is MoCo v3 with these heads, without its factor 2T. Patches take 8% more FLOPs.
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
-The loss is the sum of both directions: guessing gives 2 ln N, 12.48 at batch 512.
+The loss sums both directions (the authors' code: their mean): guessing gives 2 ln N, 12.48 at 512.
 
     python fast_moco.py                                # CIFAR-10, ResNet-18, 200 epochs
     python fast_moco.py --framework byol               # or simsiam, nnclr; with or without patches
@@ -91,7 +91,7 @@ class Config:
     out: str = "runs/fast-moco"  # the run's folder
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest here
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
     knn_k: int = 200  # neighbours that vote (knn_monitor.py compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
@@ -121,7 +121,7 @@ def augment(images, recipe):
     """
     x = random_resized_crop(images / 255, recipe.crop_scale)
     x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8 as in MoCo v2's code
+    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
     x = sometimes(recipe.gray, grayscale, x)
     x = sometimes(recipe.blur, gaussian_blur, x)
     return normalise(x, recipe)
@@ -178,7 +178,7 @@ def build_mlp(*sizes):
 
 # %% The method
 def ctr(z_c, z, temperature):
-    """Algorithm 1: each combination, z_c (6N, C), is to find its own of the N images, z (N, C)."""
+    """Algorithm 1: each combination, z_c (6N, C), must find its image among the N of z (N, C)."""
     with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for a softmax
         logits = unit(z_c) @ unit(z).T / temperature  # (6N, N), cosines / T
         labels = torch.arange(len(z), device=z.device).repeat(len(z_c) // len(z))
@@ -191,7 +191,7 @@ def compare(model, z_c, z):
     z_c = torch.cat([gather(c) for c in z_c.chunk(copies)])  # (6N, C), combination-major
     if model.config.framework in ("byol", "simsiam"):  # no negatives: twice (1 - cosine)
         return 2 - 2 * (unit(z_c) * z.repeat(copies, 1)).sum(1).mean()
-    if model.config.framework == "nnclr":  # not z, but the nearest to it of those before
+    if model.config.framework == "nnclr":  # not z itself, but its nearest neighbour in the queue
         with torch.autocast(z.device.type, enabled=False):
             z = model.queue.keys[(z @ model.queue.keys.T).argmax(1)]
     return ctr(z_c, z, model.config.temperature)
@@ -240,14 +240,14 @@ class FastMoCo(nn.Module):
         z_c = [self.predict(x, len(x) // len(views[0])) for x in seen]
         z_c += [self.online(x) for x in small]
         z = [self.target_embed(view) for view in views[:2]]
-        # ctr(z1_c, z2) + ctr(z2_c, z1); with more views, as much from all that predict
+        # ctr(z1_c, z2) + ctr(z2_c, z1); with more views, twice the mean over all pairs
         pairs = [(z_c[i], z[j]) for i in range(len(z_c)) for j in range(2) if i != j]
         return 2 * sum(compare(self, *pair) for pair in pairs) / len(pairs), z[0]
 
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; batch-norm statistics are its own"""
+    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; not for batch-norm statistics"""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
@@ -318,7 +318,7 @@ def stages(encoder):
 
 
 def montage(encoder, patches, grid):
-    """Patches of different images are put together to a whole one, encoded, and taken apart again:
+    """Patches of different images are put together into whole ones, encoded, and taken apart again:
     (4N, 3, h, w) -> (4N, D). Four patches share a batch norm, and each sees its neighbours' edges.
     """
     parts = patches.chunk(grid**2)
@@ -652,7 +652,7 @@ def knn_predict(features, bank, bank_labels, classes, k, temperature):
     """
     similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T  # (N, M)
     similarity, nearest = similarity.topk(k, dim=1)  # (N, k)
-    weight = ((similarity - 1) / temperature).exp()
+    weight = ((similarity - 1) / temperature).exp()  # exp(s / T) / exp(1 / T): the same vote
     return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
 
 

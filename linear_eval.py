@@ -86,10 +86,10 @@ SEMI = dict(mode="finetune", lr=(5e-2,), batch_size=256, nesterov=True, lr_decay
 
 RECIPES = {
     "default": {},  # Config as it stands: the best of several learning rates
-    "demo": dict(lr=(30.0,)),  # MoCo's own linear probe (MoCo v1, sec. 4.1)
+    "demo": dict(lr=(30.0,)),  # MoCo's probe (v1, sec. 4.1), without its crops and flips
     # "Fine-tuning Momentum Contrast on Image Classification"; its schedule is not stated
     "report": dict(lr=(10.0,), batch_size=128),
-    # Fast-MoCo, supplementary, Table 2
+    # Fast-MoCo, supplementary, Table 2, without its crops and flips (--augment adds them)
     "fast-moco": dict(optimizer="lars", lr=(0.8,), batch_size=4096, epochs=90, schedule="cosine"),
     # "Contrastive Self-Supervised Image Classification using SimCLR": "a similar training setup"
     "simclr-report": dict(labels=0.1, epochs=50, batch_size=200, augment=True)
@@ -164,7 +164,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call: 25 per step, not 564.
+    Each torch._foreach_ function treats all tensors of a list in one call, however many they are.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):

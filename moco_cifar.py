@@ -4,7 +4,7 @@ Two random views of an image (crops, flips, colour changes) should get similar f
 of different images should not. The first view becomes the *query* q, the second its *key* k. The
 query's encoder learns by gradient to pick its key among K others, the negatives: a cross-entropy
 called InfoNCE. The negatives wait in a *queue*, where each batch of N keys replaces the N oldest.
-Keys come from a slow copy of the encoder, a moving average of its weights.
+Keys come from a slow copy of the encoder, a moving average of its weights. T is the temperature.
 
     image --augment--> im_q --encoder_q--> q ----.
        |                   | momentum update      +--> q.k and q.queue, / T --> cross-entropy:
@@ -95,9 +95,9 @@ class Config:
 RECIPES = {
     "demo": {},  # the defaults: the official CIFAR-10 demo of MoCo
     "cpu": dict(width=16, epochs=80, batch_size=256, lr=0.12, crop_scale=(0.2, 1.0)),  # two hours
-    # the course report; "initialized to 0.015" is taken as the start of a cosine
+    # "Fine-tuning Momentum Contrast on Image Classification"; 0.015 is taken as a cosine's start
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6, key_momentum=0.99),
-    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # MoCo v2, Table 1;
+    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # MoCo v2, sec. 3;
     "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),  # the rest is demo's
 }
 
@@ -109,7 +109,7 @@ def augment(images, recipe):
     """
     x = random_resized_crop(images / 255, recipe.crop_scale)
     x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8 as in MoCo v2's code
+    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
     x = sometimes(recipe.gray, grayscale, x)
     x = sometimes(recipe.blur, gaussian_blur, x)
     return normalise(x, recipe)
@@ -203,7 +203,7 @@ class Queue(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; batch-norm statistics are its own"""
+    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; not for batch-norm statistics"""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
@@ -211,7 +211,7 @@ class MoCo(nn.Module):
     """Algorithm 1. Both encoders are a backbone and a head; encoder_k starts as a copy.
 
     Of several processes each has some rows of the batch: gather() returns the rows of all, shard()
-    its own (plumbing, below). With one process they return what they are given.
+    its own (plumbing, below). With one process they return what they are given. unit(): length 1.
     """
 
     def __init__(self, config, n_images):
@@ -256,7 +256,7 @@ class MoCo(nn.Module):
 
 # %% Training
 def learning_rate(config, epoch):
-    """The learning rate of an epoch, counted from 0, so that it never reaches 0"""
+    """The learning rate of an epoch; epochs count from 0, so the last one still learns"""
     if config.schedule == "step":
         return config.lr * 0.1 ** sum(epoch >= part * config.epochs for part in (0.6, 0.8))
     return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
@@ -291,8 +291,8 @@ def train(config, run):
 # ---- variants: the two mechanisms that MoCo is compared with (Figure 2); the lesson ends here ----
 def memory_bank(model, im_q, im_k, rows):
     """Figure 2b (Wu et al. 2018, but for their momentum): an image's key is the vector it had when
-    last seen, the negatives are those of random images. No second encoder, but most keys are an
-    epoch old.
+    last seen, the negatives are those of random images. No second encoder, but the keys are old:
+    a query's own by an epoch on average, the others by more than half of one.
     """
     bank, config = model.queue.keys, model.config  # (images, C)
     q = gather(unit(model.encoder_q(im_q)))  # (N, C)
@@ -581,7 +581,7 @@ def knn_predict(features, bank, bank_labels, classes, k, temperature):
     """
     similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T  # (N, M)
     similarity, nearest = similarity.topk(k, dim=1)  # (N, k)
-    weight = ((similarity - 1) / temperature).exp()
+    weight = ((similarity - 1) / temperature).exp()  # exp(s / T) / exp(1 / T): the same vote
     return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
 
 

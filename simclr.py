@@ -12,13 +12,13 @@ projector is thrown away.
                                             `-- what is used afterwards
 
 What differs from the paper (SimCLR, arXiv:2002.05709):
- 1. The stem fits 32x32 images (its appendix B.9), and there is no blur, as there.
+ 1. As in its appendix B.9 for CIFAR-10, the stem fits 32x32 images, and there is no blur.
  2. Grayscale 0.1, crops from 20%, SGD (github.com/dkobak/simclr-cifar10), not 0.2, 8%, LARS.
  3. With several processes each has its own batch norm, which can give away that two views
     are of one image; the paper normalises over all devices (sec. 2.2).
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
-The loss of guessing is ln(2N - 1), 6.93 at batch 512. Its floor is not 0: no cosine exceeds 1, so
-at T = 0.5 and batch 512 it is about ln(1 + 1022 / e^2) = 4.9.
+The loss of guessing is ln(2N - 1), 6.93 at batch 512. Its floor is not 0: a pair's cosine is at
+most 1, and the others average about 0, so at T = 0.5 it is about ln(1 + 1022 / e^2) = 4.9.
 
     python simclr.py                               # CIFAR-10, ResNet-18, 200 epochs (recipe cifar)
     python simclr.py --recipe report               # the course report: ResNet-50, 50 epochs
@@ -53,7 +53,7 @@ class Config:
     mean: tuple = (0.4914, 0.4822, 0.4465)  # per-channel mean of the pixels in [0, 1]: CIFAR-10's
     std: tuple = (0.2470, 0.2435, 0.2616)  # per-channel standard deviation
     # -- augmentation
-    augment: str = "crop,flip,color,gray,blur"  # the ones to use, with the settings below
+    augment: str = "crop,flip,color,gray,blur"  # the ones to use; blur also needs --blur 0.5
     crop_scale: tuple = (0.2, 1.0)  # range of a random crop's area, as a share of the image's
     flip: float = 0.5  # probability of a horizontal flip
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # strength in brightness, contrast, saturation, hue
@@ -81,7 +81,7 @@ class Config:
     out: str = "runs/simclr"  # the run's folder
     seed: int = 0  # random seed
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 unless less is faster
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: the fastest here
     knn_every: int = 10  # epochs between measurements of the k-NN accuracy; 0: only at the end
     knn_k: int = 200  # neighbours that vote (knn_monitor.py compares protocols)
     keep_every: int = 0  # epochs between checkpoints to keep; 0: keep only the last
@@ -94,7 +94,7 @@ VIEWS = dict(crop_scale=(0.08, 1.0), gray=0.2)
 RECIPES = {
     "cifar": {},  # the defaults: those of github.com/dkobak/simclr-cifar10, for CIFAR-10
     "cpu": dict(width=16, temperature=0.2, epochs=55, batch_size=256, lr=0.12, warmup_epochs=1.0),
-    # the course report; "the biggest batch size we can fit" was about 200 there
+    # "Contrastive Self-Supervised Image Classification using SimCLR"; its batch was about 200
     "report": dict(arch="resnet50", head="linear", dim=1024, epochs=50, batch_size=200)
     | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant", **VIEWS),
     # the paper's optimizer and rate, 0.3 for every 256 images (sec. 2.3), and views (appendix B.9)
@@ -109,7 +109,7 @@ def augment(images, recipe):
     """
     x = random_resized_crop(images / 255, recipe.crop_scale)
     x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8 as in MoCo v2's code
+    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
     x = sometimes(recipe.gray, grayscale, x)
     x = sometimes(recipe.blur, gaussian_blur, x)
     return normalise(x, recipe)
@@ -180,7 +180,7 @@ def build_projector(dim, config):
 def nt_xent(z1, z2, temperature):
     """Eq. 1, mean over the 2N views; z1[i] and z2[i] are of one image: (N, C) twice -> scalar"""
     with torch.autocast(z1.device.type, enabled=False):  # bf16 is too coarse for a softmax
-        z = unit(torch.cat([z1, z2]))  # (2N, C)
+        z = unit(torch.cat([z1, z2]))  # (2N, C), rows scaled to length 1
         logits = z @ z.T / temperature  # (2N, 2N)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         logits = logits.masked_fill(itself, -math.inf)  # no view is its own negative
@@ -196,7 +196,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call: 25 per step, not 564.
+    Each torch._foreach_ function treats all tensors of a list in one call, however many they are.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -522,7 +522,7 @@ def knn_predict(features, bank, bank_labels, classes, k, temperature):
     """
     similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T  # (N, M)
     similarity, nearest = similarity.topk(k, dim=1)  # (N, k)
-    weight = ((similarity - 1) / temperature).exp()
+    weight = ((similarity - 1) / temperature).exp()  # exp(s / T) / exp(1 / T): the same vote
     return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
 
 
