@@ -160,8 +160,7 @@ def measure_knn(path, checkpoint, config):
 
     what, epoch, seed = config.baseline, 0, config.seed
     if what == "none":
-        what, epoch = checkpoint["method"], checkpoint["epoch"]
-        seed = checkpoint["machine"]["seed"]
+        what, epoch, seed = checkpoint["method"], checkpoint["epoch"], checkpoint["machine"]["seed"]
     features = "pixels" if what == "pixels" else config.features
     row = dict(what=what, checkpoint=str(path), epoch=epoch, features=features)
     row |= dict(k=config.k, temperature=config.temperature, top1=correct / len(y), correct=correct)
@@ -441,7 +440,7 @@ def start_device(config):
     try:
         (probe := torch.zeros(1, device=name)).item()
         device = probe.device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -503,16 +502,16 @@ def check_config(config):
         values, choices = np.atleast_1d(value), typing.get_args(kind)
         least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
         most = 1 if name in SHARES else 2**31 - 1
+        fits = values.dtype.kind in ("iu" if kind is int else "iuf")  # a notebook's may not
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
         elif kind is tuple and name != "lr" and len(values) != len(field.default):
             must = f"{len(field.default)} numbers, such as {field.default}"
-        elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
+        elif kind in (int, float, tuple) and not (fits and all(least <= v <= most for v in values)):
             must = f"from {least} to {most}"
         else:
             continue
-        flag, value = name.replace("_", "-"), ",".join(map(str, values))
-        raise UserError(f"--{flag} {value}: must be {must}")
+        raise UserError(f"--{name.replace('_', '-')} {','.join(map(str, values))}: must be {must}")
     return config
 
 
@@ -547,7 +546,8 @@ def main(argv=None):
                 print(HEADER)
             print(LINE.format(**row), flush=True)
             folders.append(str(folder))
-            if config.out or not path.name.startswith("epoch"):  # figures show the newest state
+            own = row["data_sha256"] == checkpoint["data"].get("sha256", row["data_sha256"])
+            if config.out or own and not path.name.startswith("epoch"):  # what figures show
                 for name, found in arrays.items():
                     write_atomic(folder / name, lambda file, found=found: np.savez(file, **found))
             record(folder / "knn.jsonl", row)

@@ -356,7 +356,8 @@ def random_crop(x, scale):
     # an affine map from the view's coordinates to the image's, both from -1 to 1
     rows = torch.stack([width * flip, zero, left]), torch.stack([zero, height, top])
     grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), x.shape, align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    edge = 1 - 1 / x.shape[-1]  # the centre of the outermost pixel: Apple's GPUs pad with 0 only
+    return F.grid_sample(x, grid.clamp(-edge, edge), align_corners=False)
 
 
 def normalise(x, config):
@@ -519,7 +520,7 @@ def start_device(config):
     try:
         (probe := torch.zeros(1, device=name)).item()
         device = probe.device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -535,10 +536,9 @@ def describe_machine(device, dtype, seed):
     name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")[1] or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     folder = shlex.quote(os.path.dirname(globals().get("__file__", "")) or ".")
-    machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
-    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
-    machine |= dict(python=platform.python_version())
-    machine |= dict(commit=ask(f"git -C {folder} describe --always --dirty --abbrev=40")[1])
+    machine = dict(device=f"{device} {name}", precision=str(dtype), threads=torch.get_num_threads())
+    machine |= dict(torch=str(torch.__version__), python=platform.python_version(), seed=seed)
+    machine["commit"] = ask(f"git -C {folder} describe --match=- --always --dirty --abbrev=40")[1]
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
@@ -593,16 +593,16 @@ def check_config(config):
         values, choices = np.atleast_1d(value), typing.get_args(kind)
         least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
         most = 1 if name in SHARES else 2**31 - 1
+        fits = values.dtype.kind in ("iu" if kind is int else "iuf")  # a notebook's may not
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
         elif kind is tuple and name != "lr" and len(values) != len(field.default):
             must = f"{len(field.default)} numbers, such as {field.default}"
-        elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
+        elif kind in (int, float, tuple) and not (fits and all(least <= v <= most for v in values)):
             must = f"from {least} to {most}"
         else:
             continue
-        flag, value = name.replace("_", "-"), ",".join(map(str, values))
-        raise UserError(f"--{flag} {value}: must be {must}")
+        raise UserError(f"--{name.replace('_', '-')} {','.join(map(str, values))}: must be {must}")
     return config
 
 
@@ -701,8 +701,8 @@ def learn(encoder, data, config, device, dtype):
     result, right = score(logits, labels), logits.argmax(1) == labels
     more |= {"n_test": len(labels), "lr": config.lr[0]}
     more["correct"] = {k: round(result[k] * len(labels)) for k in ("top1", "top3", "top5")}
-    per_class = [right[labels == c].double().mean().item() for c in range(logits.shape[1])]
-    more["per_class"] = [None if math.isnan(x) else x for x in per_class]  # None: no image of it
+    hits = [right[labels == c].tolist() for c in range(logits.shape[1])]
+    more["per_class"] = [sum(h) / len(h) if h else None for h in hits]  # None: no image of it
     learned = dict(encoder=encoder.cpu().state_dict(), classifier=classifier.cpu().state_dict())
     learned |= dict(history=history, result=result | more)
     return learned | dict(encoder_sha256=fingerprint(encoder))
@@ -720,9 +720,8 @@ def report(result, config):
         print(f"warning: the test loss is above {guess}, guessing's: {remedy}", file=sys.stderr)
 
 
-def measure(path, config):
+def measure(file, config):
     """Measure a checkpoint -> the folder of its run"""
-    file = find_checkpoint(path)
     seed = config.seed if config.init == "random" else None  # of an untrained encoder
     saved, encoder = load_encoder(file, seed)
     if "train_state" in saved:
@@ -798,15 +797,14 @@ def main(argv=None):
         if config.mode == "supervised":
             config.init = "random"
         check_together(config)
-        folders = [measure(path, config) for path in config.checkpoints or [newest_run()]]
+        files = [find_checkpoint(path) for path in config.checkpoints or [newest_run()]]
+        folders = [measure(file, config) for file in files]
         print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
         return 0
-    except UserError as error:
-        message, code = error, error.code
+    except (UserError, OSError) as error:
+        message, code = error, getattr(error, "code", 4)
     except KeyboardInterrupt:
         message, code = "interrupted; the same command starts again", 130
-    except OSError as error:
-        message, code = error, 4
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not full and "DefaultCPUAllocator" not in str(error):

@@ -197,7 +197,7 @@ class Queue(nn.Module):
         """Replace the oldest keys by new ones, (N, C); of more than K keys the last K stay."""
         size = len(self.keys)
         slots = (self.pointer + torch.arange(len(keys), device=keys.device)) % size
-        self.keys.index_copy_(0, slots[-size:], keys[-size:].to(self.keys.dtype))
+        self.keys[slots[-size:]] = keys[-size:].to(self.keys.dtype)
         self.pointer.add_(len(keys)).remainder_(size)
 
 
@@ -283,7 +283,7 @@ def train(config, run):
         optimizer.step()
         optimizer.zero_grad()
         if config.mechanism == "memory-bank":
-            model.queue.keys.index_copy_(0, run.rows, keys)
+            model.queue.keys[run.rows] = keys
         else:
             model.queue.enqueue(keys)  # only now: no query meets its own key among the negatives
 
@@ -649,7 +649,7 @@ def start_device(config):
     try:
         (probe := torch.zeros(1, device=name)).item()
         device = probe.device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} is not available on this machine") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -708,7 +708,7 @@ def agree(action, here):
     """Run it where `here` is true -> the first process's result, in all; one's error ends all."""
     try:
         outcome = action() if here else None
-    except (UserError, OSError) as error:
+    except Exception as error:
         outcome = error
     outcomes = [outcome] * process_count()
     if dist.is_initialized():
@@ -746,10 +746,9 @@ def describe_machine(device, dtype, seed):
     name = ask("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")[1] or platform.machine()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     folder = shlex.quote(os.path.dirname(globals().get("__file__", "")) or ".")
-    machine = dict(device=f"{device} {name}", precision=str(dtype), seed=seed)
-    machine |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
-    machine |= dict(python=platform.python_version())
-    machine |= dict(commit=ask(f"git -C {folder} describe --always --dirty --abbrev=40")[1])
+    machine = dict(device=f"{device} {name}", precision=str(dtype), threads=torch.get_num_threads())
+    machine |= dict(torch=str(torch.__version__), python=platform.python_version(), seed=seed)
+    machine["commit"] = ask(f"git -C {folder} describe --match=- --always --dirty --abbrev=40")[1]
     return machine | dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
@@ -762,7 +761,7 @@ def seed_of(*numbers):
 STATEFUL = "model", "optimizer", "scaler"
 MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
 OF_A_RUN = """*.tmp pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt linear.pt linear.jsonl
-    knn.jsonl map.npz neighbours.npz"""
+    epoch*/linear.* knn.jsonl map*.npz neighbours.npz"""
 
 
 class Run:
@@ -795,14 +794,13 @@ class Run:
         torch.manual_seed(config.seed)  # for the weights, drawn next
 
     def load(self):
-        source, config, n = self.config.data, self.config, process_count()
-        if config.batch_size % n or config.batch_size < 2:
-            text = f"must be at least 2, and a multiple of the {n} processes"
-            raise UserError(f"--batch-size {config.batch_size} {text}")
-        check_method(config)
+        source, size, n = self.config.data, self.config.batch_size, process_count()
+        if size % n or size < 2 * n:
+            raise UserError(f"--batch-size {size} must be {2 * n}, {3 * n}, ... (processes: {n})")
+        check_method(self.config)
         if source not in BUILTIN and Path(source).is_dir():
-            source = cache_folder(Path(source), config.data_dir, config.image_size)
-        self.data = load_data(source, config)
+            source = cache_folder(Path(source), self.config.data_dir, self.config.image_size)
+        self.data = load_data(source, self.config)
         self.data.x_train = self.images = self.data.x_train.to(self.device)
 
     def autocast(self):
@@ -820,8 +818,8 @@ class Run:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         if self.config.compile:
             self.model.compile(dynamic=False)  # in place: the names of the weights stay
-        self.encoder, self.head, self.optimizer = online[0], online[1], optimizer
-        self.about["chance"], self.warned = chance, set()
+        self.encoder, self.head, self.compared = online[0], online[1], online[:2]
+        self.about["chance"], self.warned, self.optimizer = chance, set(), optimizer
         self.clock = self.saved = time.monotonic()
         # the first process reads for all: what is in the folder changes as soon as one saves
         if found := agree(self.take_folder, self.is_main):
@@ -882,7 +880,7 @@ class Run:
             raise UserError(f"{path} is complete: {' '.join(last) or 'no epochs'}", 0)
         try:
             state = saved["train_state"]
-            for part in STATEFUL:
+            for part in filter(state.__getitem__, STATEFUL):  # a scaler's is empty but in fp16
                 getattr(self, part).load_state_dict(state[part])
             self.loss.copy_(state["loss"])
             self.step, self.history = state["step"], saved["history"]
@@ -934,7 +932,7 @@ class Run:
         images, labels = self.images[rows.to(self.device)], self.data.y_train[rows]
         recipe = dataclasses.replace(self.recipe, mean=(0, 0, 0), std=(1, 1, 1))
         views = [(255 * augment(images, recipe)).round().to(torch.uint8) for _ in range(2)]
-        models = dict(backbone=self.encoder, head=nn.Sequential(self.encoder, self.head))
+        models = dict(backbone=self.encoder, head=self.compared)
         for name, model in models.items():
             a, b = (extract_features(model, view, self.config, self.autocast) for view in views)
             cosines[name] = (unit(a) @ unit(b).T).half()  # [i, j]: view 1 of i with view 2 of j
@@ -1009,9 +1007,8 @@ class Run:
             raise UserError(f"the loss is {loss} at step {self.step}: lower --lr, --restart", 3)
         self.bar.set_postfix(loss=f"{loss:.3f}")
         row = {"epoch": epoch, "loss": loss, "lr": self.optimizer.param_groups[0]["lr"]}
-        compared = nn.Sequential(self.encoder, self.head)  # 1: on the whole sphere, 0: collapsed
-        z = unit(extract_features(compared, self.images[:1000], config, self.autocast))
-        row["spread"] = float(z.std(0).mean() * z.shape[1] ** 0.5)
+        z = unit(extract_features(self.compared, self.images[:1000], config, self.autocast))
+        row["spread"] = float(z.std(0).mean() * z.shape[1] ** 0.5)  # 1: on all the sphere
         if not left or config.knn_every and epoch % config.knn_every == 0:
             row["knn_top1"] = knn_accuracy(self.encoder, self.data, config, self.autocast)
         row["seconds"] = time.monotonic() - self.clock
@@ -1100,16 +1097,16 @@ def check_config(config):
         values, choices = np.atleast_1d(value), typing.get_args(kind)
         least = 0 if name not in POSITIVE else 1 if kind is int else 1e-9
         most = 1 if name in SHARES else 2**31 - 1
+        fits = values.dtype.kind in ("iu" if kind is int else "iuf")  # a notebook's may not
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
         elif kind is tuple and name != "lr" and len(values) != len(field.default):
             must = f"{len(field.default)} numbers, such as {field.default}"
-        elif kind in (int, float, tuple) and not all(least <= v <= most for v in values):
+        elif kind in (int, float, tuple) and not (fits and all(least <= v <= most for v in values)):
             must = f"from {least} to {most}"
         else:
             continue
-        flag, value = name.replace("_", "-"), ",".join(map(str, values))
-        raise UserError(f"--{flag} {value}: must be {must}")
+        raise UserError(f"--{name.replace('_', '-')} {','.join(map(str, values))}: must be {must}")
     return config
 
 

@@ -111,9 +111,8 @@ def draw_fast_moco(run):
     grid, parts = (1, 1) if c.encode == "whole" else (c.grid, c.grid**2)
     combines = c.encode in ("divide-combine", "sample-combine", "montage")
     means = [*itertools.combinations(range(parts), c.parts_combined if combines else 1)]
-    final = c.combine_at == "final"
     how = f"{len(means)} means of any {len(means[0])} of {parts}" if combines else "not combined"
-    how = how if final else f"combined at {c.combine_at}"
+    how = how if c.combine_at == "final" else f"combined at {c.combine_at}"
     what = {"whole": "whole", "montage": "of several images"}
     what = what.get(c.encode, "crops" if "sample" in c.encode else "patches")
     names = f"view_1: {what},\n{parts} x {c.image_size // grid} x {c.image_size // grid}", "view_2"
@@ -127,7 +126,7 @@ def draw_fast_moco(run):
     task += f"T = {c.temperature:g}, which of N = {n} is mine?" * run.negatives
     task += f"\nz: nearest of {c.queue_size} before" * (c.framework == "nnclr")
     figure, box, arrow, text = new_diagram(run, names, nets, vectors, update, task, grid)
-    for k, chosen in enumerate(means[:6] if 1 < parts <= 9 and final else []):
+    for k, chosen in enumerate(means[:6] if 1 < parts <= 9 and c.combine_at == "final" else []):
         for i, j in itertools.product(range(grid), range(grid)):  # which patches are averaged
             at = 9.5 + 0.6 * (k % 3) + side * j, 3.6 - 0.6 * (k // 3) - side * i
             opacity = 0.8 if grid * i + j in chosen else 0.1
@@ -205,8 +204,8 @@ def draw_pairs(run, rows=4, columns=5):
         draw_image(panels["A"], row, 1, gallery.views[0, i], "view 1")
         for column in range(min(columns, n)):
             j = (i + column) % n  # the other view of image i, then views of other images
-            kind = int(labels[i] == labels[j]) + (i == j)
-            kind = ("negative", "false negative", "positive")[kind]
+            alike = "false negative" if labels[i] == labels[j] else "negative"
+            kind = "positive" if i == j else alike
             cosines = "\n".join(f"{key} {cos[i, j]:.2f}" for key, cos in gallery.cosines.items())
             what = gallery.views[1, j], kind, cosines.replace("-0.00", "0.00"), PAIRS[kind]
             draw_image(panels["A"], row, 2 + column, *what)
@@ -288,7 +287,7 @@ def draw_probe(run):
 
 def draw_classes(run, most=25):
     """Accuracy of each class, best first; 100 classes take several columns"""
-    accuracy = 100 * np.array(run.probe["result"]["per_class"])
+    accuracy = 100 * np.array(run.probe["result"]["per_class"], dtype=float)  # nan: no image
     columns = math.ceil(len(accuracy) / most)
     parts = np.array_split((-accuracy).argsort(kind="stable"), columns)
     title, height = f"Accuracy by class: {run.title}", 1.4 + len(parts[0]) / 4
@@ -298,7 +297,7 @@ def draw_classes(run, most=25):
         for place, value in enumerate(accuracy[some]):
             axes.text(102, place, f"{value:.1f}", va="center", size=8)
         if run.untrained:
-            untrained = 100 * np.array(run.untrained["result"]["per_class"])[some]
+            untrained = 100 * np.array(run.untrained["result"]["per_class"], dtype=float)[some]
             axes.plot(untrained, range(len(some)), "D", color=RED, ms=4, label="untrained encoder")
         axes.set_yticks(range(len(some)), [fill(run.classes[i], 24) for i in some])
         axes.set(xlim=(0, 100), ylim=(len(some) - 0.4, -0.6), xlabel=f"{run.which}s, top-1 (%)")
@@ -321,12 +320,11 @@ def draw_along(run):
     return figure
 
 
-# %% Drawing helpers. Colours that colour-blind readers can tell apart (Okabe and Ito 2008), with
-# markers and dashes as well for black-and-white prints; ten for ten classes (Petroff 2021)
+# %% Drawing helpers. Colours for colour-blind readers (Okabe and Ito 2008; ten: Petroff 2021)
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 BLUE, RED, GREEN, PURPLE, GRAY = *COLORS[:4], "0.4"
 TEN = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadd".split()
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*", ">"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", "*", ">"]  # for black-and-white prints
 ABOVE = dict(textcoords="offset points", ha="center")  # a text some points above what it is about
 DASHES = ["-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
 STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "legend.fontsize": 8, "pdf.fonttype": 42}
@@ -435,9 +433,11 @@ def read_run(path):
         raise UserError(f"{path}: no such file, or no pretrain.pt, last.pt or linear.pt in it")
     for name, e in found.items() if base["kind"] == "pretrain" else ():
         of = e.saved.get("pretrain", base) if e.saved and e.init == "pretrained" else base
-        if (of["epoch"], of["config"]) != (base["epoch"], base["config"]):
-            print(f"note: {path / name / 'linear.pt'} is of another epoch or run, skipped")
-            e.saved, e.result, e.along = None, {}, e.along * (of["config"] == base["config"])
+        images = {None} | {one["data"].get("sha256") for one in (e.saved or base, base)}
+        same = of["config"] == base["config"] and len(images) < 3
+        if not same or of["epoch"] != base["epoch"]:
+            print(f"note: {path / name / 'linear.pt'} is of another epoch, run or data, skipped")
+            e.saved, e.result, e.along = None, {}, e.along * same
     pretrain = base if base["kind"] == "pretrain" else base.get("pretrain") or {}
     run = SimpleNamespace(path=path, base=base, method=base["method"], data=base["data"])
     run.name = path.resolve().name if path.is_dir() else f"{path.resolve().parent.name}/{path.stem}"
@@ -451,10 +451,10 @@ def read_run(path):
     run.probe, run.untrained = (found[n].saved if n in found else None for n in ("", "random"))
     run.evaluations = {name: e for name, e in found.items() if e.config}
     run.along = [e for e in run.evaluations.values() if e.along]
-    run.gallery, run.knn = read_gallery(base), read_rows(path / "knn.jsonl")
+    run.gallery, own = read_gallery(base), (None, run.data.get("sha256"))  # None: older rows
+    run.knn = [row for row in read_rows(path / "knn.jsonl") if row.get("data_sha256") in own]
     run.map, run.neighbours = (read_npz(path / f"{n}.npz", run) for n in ("map", "neighbours"))
     run.map_random = read_npz(path / "map-random.npz")
-    # Fast-MoCo with whole views is the framework itself
     whole = run.config.get("encode") == "whole" and FRAMEWORKS[run.config["framework"]]
     run.label, data = whole or METHODS.get(run.method, run.method), Path(run.data["name"]).stem
     run.which = "held-out training image" if run.data.get("holdout") else "test image"
@@ -634,7 +634,7 @@ def load_report(needed):
 def page_with(table, path):
     """The text of a Markdown file with this table between its two markers"""
     markers = ["<!-- table -->", "<!-- /table -->"]
-    text = path.read_text() if path.is_file() else "\n".join(markers) + "\n"
+    text = path.read_text("utf-8") if path.is_file() else "\n".join(markers) + "\n"
     parts = re.split("(<!-- /?table -->)", text)
     if parts[1::2] != markers:
         raise UserError(f"--table {path}: must hold {' and '.join(markers)} once each, in order")
@@ -644,8 +644,8 @@ def page_with(table, path):
 def write_page(path, text):
     """Write a file under another name, then rename it: a crash leaves the old one"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(f"{path.name}.tmp").write_text(text)
-    path.with_name(f"{path.name}.tmp").replace(path)
+    path.with_name(f"{path.name}.{os.getpid()}.tmp").write_text(text, encoding="utf-8")
+    path.with_name(f"{path.name}.{os.getpid()}.tmp").replace(path)
 
 
 def save_figure(figure, path):
@@ -689,9 +689,9 @@ def main(argv=None):
             if not config.runs:
                 raise UserError("name at least one run folder or checkpoint, such as runs/moco")
             draw(config)
-    except (UserError, OSError, UnicodeDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
+    except (UserError, OSError, UnicodeDecodeError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "code", 130 if isinstance(error, KeyboardInterrupt) else 2)
     return 0
 
 

@@ -419,11 +419,6 @@ def test_montages_come_apart_in_order(glass, grid):
 # -- other stages to combine at (C.5)
 
 
-def test_the_stages_are_the_encoder():
-    encoder, x = FastMoCo(SMALL).online[0].eval(), torch.randn(2, 3, 8, 8)
-    close(nn.Sequential(*fast_moco.stages(encoder).values())(x), encoder(x), 1e-6)
-
-
 def test_stitching_all_patches_of_an_image_gives_its_halves():
     x = doubles(5, 3, 8, 6)
     upright, lying = fast_moco.stitch(divide(x))

@@ -231,6 +231,20 @@ def test_agrees_with_the_run_itself(pretrained, tmp_path):
     assert row["top1"] == history[-1]["knn_top1"] and row["epoch"] == history[-1]["epoch"]
 
 
+def test_figures_keep_showing_the_runs_own_images(run, data, tmp_path):
+    """Measured on others, a row is added, but map and neighbours stay, unless --out is another."""
+    sha256 = knn_monitor.find_data(checkpoint(data), Config(k=5)).about["sha256"]
+    saved = checkpoint(data)
+    write(run / "pretrain.pt", saved | dict(data=saved["data"] | dict(sha256=sha256)))
+    other = write_npz(tmp_path / "other.npz", n_train=60, n_test=12, classes=3, size=8)
+    measure(run)
+    for out in ((), ("--out", tmp_path / "out")):
+        measure(run, "--data", other, *out)
+    assert [row["n_test"] for row in rows(run)] == [30, 12]
+    assert len(np.load(run / "map.npz")["points"]) == 30
+    assert len(np.load(tmp_path / "out/map.npz")["points"]) == 12
+
+
 def test_random_encoder_comes_from_the_seed_alone(run, data):
     measure(run, "--baseline", "random")
     measure(run, "--baseline", "random", "--seed", "1")

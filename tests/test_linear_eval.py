@@ -371,6 +371,12 @@ def test_a_view_is_a_random_part_of_the_image_and_half_of_them_are_flipped(scale
         assert area.mean() == pytest.approx((low + high) / 2, abs=0.03)
 
 
+def test_a_view_of_a_white_image_is_white_up_to_its_borders():
+    close(
+        linear_eval.random_crop(torch.ones(200, 3, 8, 8), (0.5, 1)), torch.ones(200, 3, 8, 8), 1e-5
+    )
+
+
 def test_images_of_a_batch_get_different_views_that_follow_from_the_seed():
     images = torch.rand(1, 3, 8, 8).expand(9, 3, 8, 8)
     one, two, again = (
@@ -1155,6 +1161,12 @@ def test_without_a_terminal_a_line_every_ten_epochs_tells_the_time_left(probe, c
     assert [line.split(":")[0] for line in lines] == ["epoch 10/25", "epoch 20/25"] * 2
     assert all(re.search(r", \d+ s left$", line) for line in lines)
     assert ["loss" in line for line in lines] == [False, False, True, True] and not said.err
+
+
+def test_a_misspelt_checkpoint_is_noticed_before_any_is_measured(pretrained, tmp_path, refused):
+    run = place(pretrained, tmp_path / "run")
+    refused(linear_eval.main, [run, tmp_path / "nowhere", *SHORT], "nowhere")
+    assert [path.name for path in run.iterdir()] == ["pretrain.pt"]
 
 
 def test_it_says_what_to_run_next(pretrained, tmp_path, capsys):

@@ -112,10 +112,48 @@ def test_a_probe_of_another_epoch_or_of_a_run_since_replaced_is_not_shown(finish
     torch.save(linear | dict(pretrain=linear["pretrain"] | dict(epoch=1)), finished / "linear.pt")
     run = plots.read_run(finished)
     assert not run.probe and run.untrained and run.evaluations["probe-0.1"].result
-    assert f"{finished / 'linear.pt'} is of another epoch or run" in capsys.readouterr().out
+    assert f"{finished / 'linear.pt'} is of another epoch, run or data" in capsys.readouterr().out
     change(finished, config=linear["pretrain"]["config"] | dict(seed=7))
     run = plots.read_run(finished)
     assert not run.probe and run.untrained and not run.evaluations["probe-0.1"].result
+
+
+def test_what_was_measured_on_other_images_is_not_shown(finished, capsys):
+    change(finished, data=DATA | dict(sha256="own"))
+    for folder, images in (("", "own"), ("random", "other")):
+        change(finished, f"{folder}/linear.pt".strip("/"), data=DATA | dict(sha256=images))
+    row = dict(what="moco", epoch=200, k=7, top1=0.1, data_sha256="other")
+    with open(finished / "knn.jsonl", "a") as log:
+        log.write(json.dumps(row) + "\n")
+    run = plots.read_run(finished)
+    assert run.probe and not run.untrained and plots.knn_of(run)["top1"] == 0.6
+    assert "random/linear.pt is of another epoch, run or data" in capsys.readouterr().out
+
+
+def test_a_class_without_a_test_image_has_no_accuracy(finished, draw, light, tmp_path):
+    linear = torch.load(finished / "linear.pt", weights_only=True)
+    linear["result"]["per_class"][3] = None
+    torch.save(linear, finished / "linear.pt")
+    assert "classes" in draw(finished, "--report")[0]
+    assert "hardest: a (50.00%)" in (tmp_path / "figures/report.md").read_text()
+
+
+def test_two_evaluations_are_compared(craft, draw, light):
+    """Of files, which hold no epochs of the pretraining"""
+    files = []
+    for name, top1 in (("a", 0.3), ("b", 0.5)):
+        evaluated(run := craft(simclr, name), top1=top1)
+        files.append(run / "linear.pt")
+    draw(*files)
+
+
+def test_ctrl_c_is_one_line(finished, monkeypatch, capsys):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plots, "read_run", interrupted)
+    assert plots.main([str(finished)]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 @pytest.fixture

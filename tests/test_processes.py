@@ -485,9 +485,10 @@ def test_what_cannot_be_shared_is_refused_by_all(run, flags, tmp_path, wrong):
 
 @pytest.mark.parametrize("script", ["simclr", "fast_moco"])
 def test_a_batch_that_does_not_divide_is_refused_by_all(start, common, tmp_path, script):
-    """15 images for 2 processes, 9 for 4"""
+    """15 images for 2 processes, 9 for 4; batch norm needs two images in each process"""
     argv = [*common, "--out", tmp_path, "--batch-size"]
     begun = start([*argv, "15"], script=script) + start([*argv, "9"], world=4, script=script)
+    begun += start([*argv, "2"], script=script)
     for said in ended(begun, 2):
         assert "--batch-size" in one_line(said)
 
@@ -663,6 +664,21 @@ def test_each_process_takes_a_gpu_of_its_own(script, monkeypatch, name, local, d
         assert joined["timeout"] < timedelta(minutes=1) and joined["work"] > timedelta(days=1)
     else:
         assert not joined
+
+
+def test_an_error_of_any_kind_reaches_the_other_processes(monkeypatch):
+    """One that stayed in its process would leave the others waiting."""
+    sent, error = [], MemoryError("images")
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda outcomes, own: sent.append(own))
+    with pytest.raises(MemoryError):
+        moco_cifar.agree(fail, True)
+    assert sent == [error]
 
 
 @pytest.mark.parametrize("how", ALONE)

@@ -106,7 +106,7 @@ def row(seed, correct, method="moco", **more):
     machine |= {"started": "2026-01-01T00:00:00Z", "commit": "abcdef0123"}
     data = {"name": "A", "n_train": 5000, "classes": 10}
     config = {"arch": "resnet8", "width": 16, "epochs": 2, "seed": seed}
-    knn = [{"what": method, "correct": correct, "n_test": 1000}]
+    knn = [{"what": method, "correct": correct, "n_test": 1000, "epoch": 2}]
     made = dict(method=method, data=data, config=config, machine=machine, knn=knn, history=[])
     return made | more
 
@@ -184,7 +184,14 @@ def test_a_run_to_choose_settings_with_is_no_result():
 
 def test_a_number_of_the_head_is_not_shown_as_the_backbones():
     run = row(0, 800)
-    run["knn"].append({"what": "moco", "correct": 900, "n_test": 1000, "features": "head"})
+    run["knn"].append(run["knn"][0] | {"correct": 900, "features": "head"})
+    assert results.knn([run]) == [0.8]
+
+
+@pytest.mark.parametrize("other", [dict(epoch=1), dict(data_sha256="other")])
+def test_a_number_of_another_epoch_or_of_other_images_is_not_the_runs(other):
+    run = row(0, 800, data_sha256="own")
+    run["knn"].append(run["knn"][0] | dict(correct=100) | other)
     assert results.knn([run]) == [0.8]
 
 
@@ -193,6 +200,7 @@ def test_the_best_rows_are_the_best_on_real_images_then_on_synthetic_ones():
         run = row(0, correct, **more)
         run["data"] = run["data"] | {"name": name}
         run["config"] = run["config"] | {"epochs": correct}
+        run["knn"][0]["epoch"] = correct
         return run
 
     shapes = other(990, name="synthetic shapes")
@@ -228,8 +236,8 @@ def trained(seed, top1, minutes, width=16, method="moco", **more):
     run = row(seed, round(1000 * top1), method=method, **more)
     run["config"] |= {"width": width, "framework": "moco", "encode": "whole"}
     history = [dict(epoch=e, seconds=30 * e * minutes, knn_top1=top1 * e / 2) for e in (1, 2)]
-    run["knn"] += [dict(what="pixels", correct=350, n_test=1000)]
-    run["knn"] += [dict(what="random", correct=300 + width, n_test=1000)]
+    run["knn"] += [dict(what="pixels", correct=350, n_test=1000, epoch=0)]
+    run["knn"] += [dict(what="random", correct=300 + width, n_test=1000, epoch=0)]
     return run | dict(history=history)
 
 
@@ -277,7 +285,15 @@ def test_a_picture_of_many_runs_stays_readable():
 
 
 def test_the_reports_figures_stand_beside_the_same_share_of_labels():
-    lines = results.table_of_labels(results.published()).splitlines()
-    for line in lines[2:]:
-        method, labels, printed = (line.split("|")[i].strip() for i in (1, 6, -2))
-        assert bool(printed) == (method == "simclr" and labels in ("10%", "100%")), line
+    """It fine-tuned and probed with 10% of them, and trained its supervised network with all."""
+    runs = results.published()
+    whole = next(run for run in runs if run.get("method") == "simclr" and run["evaluations"])
+    some = next(iter(whole["evaluations"].values()))
+    whole["evaluations"] |= {"finetune": some, "finetune-0.1": some, "supervised": some}
+    seen = []
+    for line in results.table_of_labels(runs).splitlines()[2:]:
+        method, how, labels, printed = (line.split("|")[i].strip() for i in (1, 5, 6, -2))
+        share = "100%" if how.startswith("supervised") else "10%"
+        assert bool(printed) == (method == "simclr" and labels == share), line
+        seen.append((method, labels, bool(printed)))
+    assert ("simclr", "100%", False) in seen and ("simclr", "100%", True) in seen

@@ -257,8 +257,10 @@ def test_no_state_can_be_read(flags, interrupted, refused):
         (out / name).write_bytes(b"<html>quota exceeded</html>")
     refused(moco_cifar.main, [*flags, "--out", out], "--restart")
     assert (out / "last.pt").exists()
-    of_it, others = ("linear.pt", "linear.jsonl", "knn.jsonl", "map.npz"), ("mine.pt", "mine.npz")
+    of_it = "linear.pt", "linear.jsonl", "knn.jsonl", "map-random.npz", "epoch0002/linear.pt"
+    others = "mine.pt", "mine.npz", "mine/linear.pt"
     for name in (*of_it, *others):
+        (out / name).parent.mkdir(exist_ok=True)
         (out / name).touch()
     assert moco_cifar.main([*flags, "--out", str(out), "--restart"]) == 0
     left = {name for name in (*of_it, *others) if (out / name).exists()}
@@ -283,6 +285,15 @@ def test_another_machine_is_noted(flags, whole, interrupted, capsys):
     assert moco_cifar.main([*flags, "--out", str(out)]) == 0
     assert "another threads, torch: resumes, but not bit for bit" in capsys.readouterr().out
     assert digest(out / "pretrain.pt") == whole
+
+
+def test_a_run_goes_on_where_precision_is_fp16(flags, tmp_path, monkeypatch, capsys):
+    """Begun without a scaler, as on an A100, and resumed with one, as on a T4."""
+    interrupt(flags, tmp_path)
+    half = moco_cifar.start_device(moco_cifar.Config(device="cpu"))[0], torch.float16
+    monkeypatch.setattr(moco_cifar, "start_device", lambda config: half)
+    assert moco_cifar.main([*flags, "--out", str(tmp_path)]) == 0
+    assert "another precision: resumes, but not bit for bit" in capsys.readouterr().out
 
 
 def test_the_scale_of_fp16_is_resumed(flags, tmp_path):

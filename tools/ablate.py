@@ -91,7 +91,7 @@ def execute(runs, jobs):
 
     def stop(number, frame):
         signals.append(number)
-        for process in active.values():
+        for process in list(active.values()):  # other threads add to it
             process.terminate()  # it saves its state
 
     def reading():

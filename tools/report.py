@@ -90,8 +90,9 @@ def mean_history(runs):
 # %% Ablations
 def measured(run):
     """-> {what: its value}, in percent and minutes, of what was measured"""
-    knn, last = knn_of(run).get("top1"), run.history[-1]
-    found = {"loss (nats)": last["loss"]} | ({} if knn is None else {"k-NN top-1 (%)": 100 * knn})
+    knn, last = knn_of(run).get("top1"), (run.history or [{}])[-1]
+    found = {"loss (nats)": last["loss"]} if last else {}  # an evaluation alone has none
+    found |= {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
     for e in run.evaluations.values():
         if (e.mode, e.init) == ("probe", "pretrained") and e.result:
             few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
@@ -272,9 +273,8 @@ def conclusions(run):
     """What the numbers say: lines of Markdown (sampling error: two standard errors)"""
     probe, untrained = ((p or {}).get("result", {}) for p in (run.probe, run.untrained))
     pairs = [("Linear probe", probe, probe.get("n_test"), "random", untrained)]
-    knn, n = knn_of(run), run.data["n_test"]
+    knn, n, lines = knn_of(run), run.data["n_test"], []
     pairs += [("k-NN", knn, n, what, knn_of(run, what)) for what in plots.BASELINES]
-    lines = []
     for name, ours, n, what, other in pairs:
         if "top1" in ours and "top1" in other and ours.get("k") == other.get("k"):
             value, base = ours["top1"], other["top1"]
@@ -287,9 +287,9 @@ def conclusions(run):
         lines.append(f"- {TEXTS['other k'].format(during[-1], k, knn['k'])}")
     if probe.get("test_loss", 0) > (guess := math.log(len(run.classes))):
         lines.append(f"- {TEXTS['high loss'].format(probe['test_loss'], guess)}")
-    if classes := probe.get("per_class"):
-        best, worst = (f(zip(classes, run.classes)) for f in (max, min))
-        best, worst = (f"{name} ({percent(top1)})" for top1, name in (best, worst))
+    classes = [pair for pair in zip(probe.get("per_class", ()), run.classes) if pair[0] is not None]
+    if classes:
+        best, worst = (f"{name} ({percent(top1)})" for top1, name in (max(classes), min(classes)))
         lines.append(f"- Easiest class: {best}, hardest: {worst}.")
     return "\n".join(lines)
 

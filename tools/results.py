@@ -138,6 +138,8 @@ def knn(group, what=None):
     found = []
     for run in group:
         rows = [row for row in run["knn"] if row["what"] == (what or run["method"])]
+        own = (None, run.get("data_sha256")), (0, run["config"]["epochs"])  # None: older rows
+        rows = [row for row in rows if row.get("data_sha256") in own[0] and row["epoch"] in own[1]]
         if rows := [row for row in rows if row.get("features") != "head"]:
             found.append(rows[-1]["correct"] / rows[-1]["n_test"])
         elif not what and run["history"]:  # the run's own monitor
@@ -326,7 +328,8 @@ def table_of_labels(results):
                 for k in (1, 3):
                     values = [each["correct"][f"top{k}"] / each["n_test"] for each in found]
                     row[f"top-{k} %"] = show(values)
-                said = group[0]["method"] == "simclr" and share in ("0.1", "1")
+                share_said = "1" if kind == "supervised" else "0.1"  # in the SimCLR report
+                said = group[0]["method"] == "simclr" and share == share_said
                 printed = LABELS[kind][1] if said else ""  # the report has no others
                 rows.append(row | {"the report, ResNet-50": printed})
     return markdown(rows)
@@ -558,6 +561,8 @@ if __name__ == "__main__":
     busy = "leave the minutes out, because the machine had other work or the run was paused"
     parser.add_argument("--no-minutes", action="store_true", help=busy)
     args = parser.parse_args()
+    if args.ablation and not args.runs:
+        parser.error("name the folders of the runs")
     if args.ablation:
         stem = args.runs[0].resolve().parent.name.removeprefix("ablate-")
         file = ROOT / "results" / "comparisons" / f"{stem}.json"
