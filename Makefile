@@ -2,7 +2,8 @@
 #
 # Every step makes a file. An interrupted chain resumes where it stopped, and a finished step is not
 # repeated, not even when its script changes (a checkpoint holds the text of the script that wrote it).
-# A run's folder is named after its settings, so other settings never land in an old run.
+# A run's folder is named after its settings, so other settings never land in an old run (but that of
+# demo and of race has only the seed in its name, and demo's the method).
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -49,7 +50,7 @@ seed_and_out = --seed $(SEED) --out $(@D) $(ARGS)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z0-9%-]+:.*## / {sub("%", "NAME", $$1); printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\nPretraining takes DATA=, RECIPE=, EPOCHS=, SEED=, ARGS="--flag value" and NAME= (of its folder),\n'
+	@printf '\ncifar-* and report-* take DATA=, RECIPE=, EPOCHS=, SEED=, ARGS="--flag value" and NAME= (of its folder),\n'
 	@printf 'evaluation EVAL="--flag value"; demo takes METHOD=simclr or fast-moco; PYTHON= uses that python\n'
 
 # The chain is the same for every method: pretrain.pt -> linear.pt, knn.jsonl -> table.md

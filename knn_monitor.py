@@ -302,7 +302,7 @@ def load_data(source, config):
     except Exception as error:  # a foreign file can raise anything, and so can a download
         ways = f"takes {', '.join(BUILTIN)} (online, or with the archive in {root}/), an .npz file"
         text = f"--data {source}: {error or type(error).__name__}"
-        raise UserError(f"{text} ({ways}, and to pretrain a folder of images)") from None
+        raise UserError(f"{text} ({ways}; pretraining also takes a folder of images)") from None
     if config.holdout:
         held, rest = stratified(y, config.holdout, "--holdout")
         x_test, y_test, x, y = x[held], y[held], keep_rows(x, rest), y[rest]
@@ -506,7 +506,7 @@ def check_config(config):
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
         elif kind is tuple and name != "lr" and len(values) != len(field.default):
-            must = f"{len(field.default)} numbers, such as {field.default}"
+            must = f"{len(field.default)} numbers, such as {','.join(map(str, field.default))}"
         elif kind in (int, float, tuple) and not (fits and all(least <= v <= most for v in values)):
             must = f"from {least} to {most}"
         else:
@@ -560,7 +560,7 @@ def main(argv=None):
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not full and "DefaultCPUAllocator" not in str(error):
             raise
-        message, code = "out of memory: lower --limit, or use --device cpu", 2
+        message, code = "out of memory: set --limit, or use --device cpu", 2
     except OSError as error:
         message, code = f"{error}: name another folder with --out", 4 if folders else 2
     except KeyboardInterrupt:

@@ -396,7 +396,7 @@ def load_data(source, config):
     except Exception as error:  # a foreign file can raise anything, and so can a download
         ways = f"takes {', '.join(BUILTIN)} (online, or with the archive in {root}/), an .npz file"
         text = f"--data {source}: {error or type(error).__name__}"
-        raise UserError(f"{text} ({ways}, and to pretrain a folder of images)") from None
+        raise UserError(f"{text} ({ways}; pretraining also takes a folder of images)") from None
     if config.holdout:
         held, rest = stratified(y, config.holdout, "--holdout")
         x_test, y_test, x, y = x[held], y[held], keep_rows(x, rest), y[rest]
@@ -597,7 +597,7 @@ def check_config(config):
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
         elif kind is tuple and name != "lr" and len(values) != len(field.default):
-            must = f"{len(field.default)} numbers, such as {field.default}"
+            must = f"{len(field.default)} numbers, such as {','.join(map(str, field.default))}"
         elif kind in (int, float, tuple) and not (fits and all(least <= v <= most for v in values)):
             must = f"from {least} to {most}"
         else:
@@ -714,10 +714,10 @@ def report(result, config):
     top = ", ".join(f"top-{k} {result[f'top{k}']:.2%}" for k in (1, 3, 5))
     print(f"{top}, loss {loss:.4f} on {result['n_test']} images", flush=True)
     if config.epochs and loss > math.log(classes):
-        guess = f"ln({classes}) = {math.log(classes):.2f}"
+        guess = f"that of guessing, ln({classes}) = {math.log(classes):.2f}"
         several = f"--lr {lr / 1e3:g},{lr / 100:g},{lr / 10:g}"
         remedy = f"lower --lr, now {lr:g} (a probe takes the best of several: {several})"
-        print(f"warning: the test loss is above {guess}, guessing's: {remedy}", file=sys.stderr)
+        print(f"warning: the test loss is above {guess}: {remedy}", file=sys.stderr)
 
 
 def measure(file, config):
@@ -733,7 +733,7 @@ def measure(file, config):
     more = dict(checkpoints=[], data_dir=config.data_dir or before["data_dir"])
     config = dataclasses.replace(config, **given, **more)
     device, dtype = start_device(config)
-    # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
+    # stop glibc from returning freed memory to the system: 1.27 times as fast (docs/race.md)
     with contextlib.suppress(OSError, AttributeError):  # another system, another library
         for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
             ctypes.CDLL("libc.so.6").mallopt(*option)
@@ -804,12 +804,12 @@ def main(argv=None):
     except (UserError, OSError) as error:
         message, code = error, getattr(error, "code", 4)
     except KeyboardInterrupt:
-        message, code = "interrupted; the same command starts again", 130
+        message, code = "interrupted; the same command starts over", 130
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not full and "DefaultCPUAllocator" not in str(error):
             raise
-        message, code = "out of memory: lower --batch-size or --limit, or use --device cpu", 2
+        message, code = "out of memory: lower --batch-size, set --limit, or use --device cpu", 2
     print(f"error: {message}", file=sys.stderr)
     return code
 

@@ -315,7 +315,9 @@ MECHANISMS = {"memory-bank": memory_bank, "end-to-end": end_to_end}
 def check_method(config):
     """UserError if the method's settings don't go together."""
     size, splits, n = config.batch_size, config.bn_splits, process_count()
-    if size % splits or size < 2 * splits or splits % n:
+    if splits % n:
+        raise UserError(f"--bn-splits {splits} must be a multiple of the {n} processes")
+    if size % splits or size < 2 * splits:
         near = f"--batch-size {max(2, size // splits) * splits}, or --bn-splits {n}"
         raise UserError(f"--batch-size {size} must be 2, 3, ... times --bn-splits {splits}: {near}")
     if config.symmetric and config.mechanism != "moco":
@@ -482,7 +484,7 @@ def load_data(source, config):
     except Exception as error:  # a foreign file can raise anything, and so can a download
         ways = f"takes {', '.join(BUILTIN)} (online, or with the archive in {root}/), an .npz file"
         text = f"--data {source}: {error or type(error).__name__}"
-        raise UserError(f"{text} ({ways}, and to pretrain a folder of images)") from None
+        raise UserError(f"{text} ({ways}; pretraining also takes a folder of images)") from None
     if config.holdout:
         held, rest = stratified(y, config.holdout, "--holdout")
         x_test, y_test, x, y = x[held], y[held], keep_rows(x, rest), y[rest]
@@ -772,7 +774,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out, self.recipe = config, Path(config.out), config
         self.device, self.dtype = start_device(config)
-        # stop glibc from returning freed memory to the system: 27% of a step (docs/race.md)
+        # stop glibc from returning freed memory to the system: 1.27 times as fast (docs/race.md)
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
                 ctypes.CDLL("libc.so.6").mallopt(*option)
@@ -782,7 +784,7 @@ class Run:
         agree(self.load, first)
         agree(self.load, not first)
         if (n := len(self.images)) < max(config.batch_size, config.knn_k):
-            raise UserError(f"--batch-size and --knn-k must be at most {n}, the training images")
+            raise UserError(f"--batch-size and --knn-k must be at most {n}, all training images")
         self.steps = len(self.images) // config.batch_size  # an epoch; the ragged rest is left out
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss = torch.zeros((), device=self.device)  # sum over this epoch's steps
@@ -890,7 +892,7 @@ class Run:
         old, new = old | saved["machine"], new | self.about["machine"]
         keys = ("device", "precision", "threads", "processes", "torch", "compile")
         if (other := [k for k in keys if old[k] != new[k]]) and self.is_main:
-            print(f"note: started with another {', '.join(other)}: resumes, but not bit for bit")
+            print(f"note: {', '.join(other)} changed: resuming, but not bit for bit")
 
     def save(self, name):
         """Write a checkpoint (docs/checkpoint.md) and the log."""
@@ -946,7 +948,7 @@ class Run:
         self.signal = number
         with contextlib.suppress(RuntimeError):  # raised if it interrupts another print
             if self.is_main:
-                print("stopping after this step; a second time stops at once", flush=True)
+                print("stopping soon; a second signal stops at once", flush=True)
 
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
@@ -1033,7 +1035,7 @@ class Run:
         early = row["epoch"] <= 2 + getattr(self.config, "warmup_epochs", 0)
         signs = {
             "the loss is still at chance: try another --lr": stuck,
-            "the features have collapsed: all images get the same": row["spread"] < 0.1,
+            "the features have collapsed: all images get nearly the same": row["spread"] < 0.1,
             "the k-NN accuracy has fallen three times in a row": falling,
         }
         for sign in {s for s, seen in signs.items() if seen and not early} - self.warned:
@@ -1101,7 +1103,7 @@ def check_config(config):
         if choices and value not in choices:
             must = f"one of {', '.join(choices)}"
         elif kind is tuple and name != "lr" and len(values) != len(field.default):
-            must = f"{len(field.default)} numbers, such as {field.default}"
+            must = f"{len(field.default)} numbers, such as {','.join(map(str, field.default))}"
         elif kind in (int, float, tuple) and not (fits and all(least <= v <= most for v in values)):
             must = f"from {least} to {most}"
         else:
@@ -1123,7 +1125,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if full or "DefaultCPUAllocator" in str(error):
-            message, code = "out of memory: lower --batch-size, or --limit if images don't fit", 2
+            message, code = "out of memory: lower --batch-size or set --limit (fewer images)", 2
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             message, code = "another process ended; the same command resumes", 1
         else:

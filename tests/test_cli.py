@@ -34,7 +34,7 @@ FLAGLESS = ("checkpoints", "runs")  # they stand alone in the command line
 # lowered. (All but the last were raised by 3 to 37: what a run says as it goes, the ViT, and errors
 # that had been tracebacks.) The aim for the whole is 860, 960, 810, 720, 500.
 BUDGET = {
-    "moco_cifar": (1142, 290, 40),
+    "moco_cifar": (1144, 290, 40),
     "fast_moco": (1212, 300, 120),
     "simclr": (1083, 280, 0),
     "linear_eval": (819, 300, 0),
@@ -234,7 +234,7 @@ MOCO_REFUSES = {
     "--sgd-momentum 2": "--sgd-momentum 2.0: must be",
     "--gray 1.5": "--gray 1.5: must be",
     "--blur -1": "--blur -1.0: must be",
-    "--jitter 0.4,0.4,0.4": "4 numbers, such as (0.4, 0.4, 0.4, 0.1)",
+    "--jitter 0.4,0.4,0.4": "4 numbers, such as 0.4,0.4,0.4,0.1",
     "--jitter 0.4,nan,0.4,0.1": "--jitter",
     "--jitter=-1,0,0,0": "--jitter",
     "--crop-scale 0.5": "2 numbers",

@@ -170,6 +170,15 @@ def test_a_vit_has_no_stem_to_pad_and_no_place_in_detectron2(vit, tmp_path, refu
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("shape", [dict(width=16), dict(arch="resnet8")])
+def test_a_resnet_without_a_counterpart_is_refused(checkpoint, tmp_path, refused, shape):
+    """With strict=False a part of its weights would load, and the rest stay random."""
+    torch.save(torch.load(checkpoint[0], weights_only=True) | shape, tmp_path / "a.pt")
+    for to in ("torchvision", "detectron2"):
+        refused(export.main, [tmp_path / "a.pt", tmp_path / "b", "--to", to], "of width 64")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, refused):
     (tmp_path / "a").write_text("nothing")
     refused(export.main, [tmp_path / "a", tmp_path / "b", "--to", "torchvision"], "not a readable")

@@ -340,7 +340,7 @@ def test_too_little_memory_is_one_line(run, refused, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(knn_monitor, "embed", fail)
-    refused(knn_monitor.main, [*FAST, run], "out of memory: lower --limit")
+    refused(knn_monitor.main, [*FAST, run], "out of memory: set --limit")
 
 
 def test_older_checkpoints_name_their_data_as_the_flag_did(data, refused, tmp_path):

@@ -166,7 +166,7 @@ def test_an_interrupted_cell_can_be_run_again(pasted, times):
     its own handler back.
     """
     seen = pasted(STOP.format(times=times))
-    assert seen.stdout.count("stopping after this step") == 1
+    assert seen.stdout.count("stopping soon") == 1
     assert seen.stdout.endswith("code 130\n") and "resume" in seen.stderr
     again = STOP.format(times=times).splitlines()[-1]
     assert pasted(f"Run.finish_epoch = finish\n{again}").stdout.endswith("code 0\n")

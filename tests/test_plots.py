@@ -529,19 +529,33 @@ def test_limits_of_a_run(craft, finished):
     run.data |= dict(n_train=2000)
     text = report.limits(run)
     assert "seed 0" in text and "±3.2 points" in text and "Not measured" not in text
-    assert "K = 4,096 keys, but only 2,000 training images: on average 2.0 of" in text
+    assert "K = 4,096 keys, but only 2,000 training images: on average 1.5 of" in text
     run.data |= dict(n_train=50_000)
-    assert "K = " not in report.limits(run) and "No paper" not in report.limits(run)
+    assert "K = " not in report.limits(run) and "built-in" not in report.limits(run)
     other = plots.read_run(craft(simclr, "other"))
     other.dataset, other.epoch = "shapes", 7
     text = report.limits(other)
     assert "compare with: k-NN on raw pixels, k-NN on untrained encoder." in text
-    assert "No paper" in text and "not finished" in text
+    assert "not one of the built-in" in text and "not finished" in text
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("keys", [300, 820])
+def test_a_query_meets_as_many_older_views_of_its_image_as_the_report_says(craft, keys, symmetric):
+    """Counted in a queue that is filled in random orders without repeats, epoch after epoch"""
+    draw, n, queue, met = np.random.default_rng(0), 400, [], []
+    for image in np.concatenate([draw.permutation(n) for _ in range(20)]).tolist():
+        met.append(queue[-keys:].count(image))
+        queue += [image] * (1 + symmetric)
+    run = plots.read_run(craft(moco_cifar, "a", queue_size=keys, symmetric=symmetric))
+    run.data = run.data | dict(n_train=n)
+    (said,) = re.findall(r"on average ([\d.]+) of", report.limits(run))
+    assert float(said) == pytest.approx(np.mean(met[5 * n :]), abs=0.08)
 
 
 def test_k_nn_with_another_k_than_during_training_says_so(finished):
     run = plots.read_run(finished)
-    assert "end of pretraining: 50.00% with k = 200, which does" in report.conclusions(run)
+    assert "end of pretraining: 50.00% with k = 200, not comparable" in report.conclusions(run)
     run.config["knn_k"] = 7
     assert "end of pretraining" not in report.conclusions(run)
 

@@ -398,7 +398,7 @@ def test_from_two_processes_to_one_and_back(start, run, flags, tmp_path):  # D4
     run([*steps, out], float64, functools.partial(halt, step=9), code=143)
     for world, more, code in ((1, [functools.partial(halt, step=15)], 143), (2, [], 0)):
         said, *_ = run([*steps, out], float64, *more, world=world, code=code)
-        assert "note: started with another processes: resumes, but not bit for bit" in said
+        assert "note: processes changed: resuming, but not bit for bit" in said
     ended(whole, 0)
     one, both = (read(folder / "pretrain.pt") for folder in (tmp_path / "one", out))
     for a, b in zip(one["history"], both["history"], strict=True):

@@ -188,8 +188,8 @@ def test_a_number_of_the_head_is_not_shown_as_the_backbones():
     assert results.knn([run]) == [0.8]
 
 
-@pytest.mark.parametrize("other", [dict(epoch=1), dict(data_sha256="other")])
-def test_a_number_of_another_epoch_or_of_other_images_is_not_the_runs(other):
+@pytest.mark.parametrize("other", [dict(epoch=1), dict(data_sha256="other"), dict(k=10)])
+def test_a_number_of_another_epoch_of_other_images_or_of_another_k_is_not_the_runs(other):
     run = row(0, 800, data_sha256="own")
     run["knn"].append(run["knn"][0] | dict(correct=100) | other)
     assert results.knn([run]) == [0.8]

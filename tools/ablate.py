@@ -2,7 +2,7 @@
 
     python tools/ablate.py temperature --seeds 0 1 2           # synthetic shapes, a minute per run
     python tools/ablate.py temperature --scale cpu             # all of CIFAR-10, a narrow ResNet-18
-    python tools/ablate.py temperature --scale full --dry-run  # the paper's size: list the commands
+    python tools/ablate.py temperature --scale full --dry-run  # the paper's encoder, commands only
 
 Each run is an ordinary command in a folder of its own. The same command resumes: finished runs are
 not repeated, interrupted ones continue. A failed run is named, the others still run, exit code 1.
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, help="other than the scale's")
     parser.add_argument("--args", default="", help="more flags for pretraining: --args='--lr 0.1'")
     parser.add_argument("--jobs", type=int, help="runs at a time [one per core; 1 on a GPU]")
-    parser.add_argument("--missing", action="store_true", help="without runs that are in results/")
+    parser.add_argument("--missing", action="store_true", help="skip runs that are in results/")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     args = parser.parse_args()
     runs, figure = plan(args)

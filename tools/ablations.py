@@ -5,7 +5,8 @@ the paper printed. tools/ablate.py runs these, tools/report.py draws them.
 import itertools
 
 # The flags of every run at each size, then more for each script. shapes: synthetic images, about a
-# minute per run. cpu: all of CIFAR-10 in about a quarter of an hour. full: the paper's settings.
+# minute per run. cpu: all of CIFAR-10, half an hour per run and core. full: the paper's encoder and
+# epochs, on CIFAR-10.
 SCALES = {
     "shapes": dict(data="data/shapes.npz", arch="resnet8", width=16, batch_size=128, lr=0.12)
     | dict(crop_scale="0.5,1", epochs=8),

@@ -2,7 +2,7 @@
 
     python tools/bench.py                      # MoCo and the baseline: up to 5 minutes on 2 cores
     python tools/bench.py --method all --end-to-end-batch-size 0
-    python tools/bench.py --arch resnet8 --width 8 --batch-size 16 --images 500    # a quick look
+    python tools/bench.py --arch resnet8 --width 8 --batch-size 16 --images 512 --json x
     python tools/bench.py --count              # what a GPU would do in a step (count_kernels.py)
 
 What is timed is the script's own `train`, fed with random images by its own `Run`. Each variant
@@ -364,8 +364,8 @@ def parse(argv):
     add("--batch-size", type=int, help="[256; with --count 512]")
     add("--end-to-end-batch-size", type=int, default=512, help="0 leaves that part out [512]")
     add("--repeats", type=int, default=5, help="rounds [5]")
-    add("--minutes", type=float, default=5, help="no round that ends later, after three [5]")
-    add("--seconds", type=float, default=1.0, help="of a turn, about [1]")
+    add("--minutes", type=float, default=5, help="no round that would end later, after three [5]")
+    add("--seconds", type=float, default=1.0, help="approximate length of a turn [1]")
     add("--images", type=int, default=50_000, help="random images to train on [50000]")
     add("--workers", type=int, help="of the baseline's loader [0; on a GPU one per core]")
     add("--compile", action="store_true", help="compile ours, and compare with ours as it is")

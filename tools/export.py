@@ -35,6 +35,9 @@ DETECTRON2 = [
 ]
 
 
+WITH_COUNTERPART = [(f"resnet{layers}", 64) for layers in (18, 34, 50)]
+
+
 def rename(name):
     """'layer1.0.bn2.weight' -> 'res2.0.conv2.norm.weight'"""
     for pattern, new in DETECTRON2:
@@ -74,6 +77,10 @@ def main(argv=None):
     stem = args.stem or ("pad" if args.to == "detectron2" else "keep")
     try:
         checkpoint = load_checkpoint(args.checkpoint)
+        shape = checkpoint["arch"], checkpoint["width"]
+        if shape[0] != "vit-tiny" and shape not in WITH_COUNTERPART:
+            fits = "only a resnet18, 34 or 50 of width 64 (or a vit-tiny) has a counterpart there"
+            raise UserError(f"{args.checkpoint}: {fits}, not a {shape[0]} of width {shape[1]}")
         if checkpoint["arch"] == "vit-tiny" and (args.to, stem) != ("torchvision", "keep"):
             raise UserError(
                 f"{args.checkpoint}: a vit-tiny goes --to torchvision, with --stem keep"

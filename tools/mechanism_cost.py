@@ -55,7 +55,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--cap", type=float, default=8, help="GB that a step may need")
     parser.add_argument("--steps", type=int, default=3, help="to time, after one to warm up")
-    parser.add_argument("--json", type=Path, help="not results/mechanism-cost-<machine>.json")
+    parser.add_argument("--json", type=Path, help="file [results/mechanism-cost-<machine>.json]")
     options, rows = parser.parse_args(argv), []
     first, last = options.batch_size
     moco, config = bench.configure("moco", options, device=options.device, batch_size=first)

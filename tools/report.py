@@ -52,8 +52,7 @@ def draw_comparison(runs):
         if probe := probes[name]:
             bar = panels["probe"].barh(fill(name, 40), probe[0], xerr=probe[1], color=f"C{i}")
             panels["probe"].bar_label(bar, fmt="%.1f", padding=3)
-            limits = dict(xlim=(0, 100), ylim=(bars - 0.4, -0.6))
-            panels["probe"].set(xlabel="linear probe, top-1 (%)", **limits)
+            panels["probe"].set(xlabel="probe, top-1 (%)", xlim=(0, 100), ylim=(bars - 0.4, -0.6))
     for key, text in zip(panels, ("loss (nats)", "k-NN top-1 (%)", "k-NN top-1 (%)", "")):
         panels[key].set_ylabel(text)
     plots.legend_below(figure)
@@ -90,14 +89,14 @@ def mean_history(runs):
 # %% Ablations
 def measured(run):
     """-> {what: its value}, in percent and minutes, of what was measured"""
-    knn, last = knn_of(run).get("top1"), (run.history or [{}])[-1]
-    found = {"loss (nats)": last["loss"]} if last else {}  # an evaluation alone has none
-    found |= {} if knn is None else {"k-NN top-1 (%)": 100 * knn}
+    knn, last = knn_of(run).get("top1"), (run.history or [{}])[-1]  # evaluations have no history
+    found = {"loss (nats)": last.get("loss"), "k-NN top-1 (%)": knn and 100 * knn}
     for e in run.evaluations.values():
         if (e.mode, e.init) == ("probe", "pretrained") and e.result:
             few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
             found[f"probe top-1{few} (%)"] = 100 * e.result["top1"]
-    return found | ({"minutes": last["seconds"] / 60} if "seconds" in last else {})
+    found["minutes"] = last["seconds"] / 60 if "seconds" in last else None
+    return {what: value for what, value in found.items() if value is not None}
 
 
 def columns_of(name, groups):
@@ -287,8 +286,7 @@ def conclusions(run):
         lines.append(f"- {TEXTS['other k'].format(during[-1], k, knn['k'])}")
     if probe.get("test_loss", 0) > (guess := math.log(len(run.classes))):
         lines.append(f"- {TEXTS['high loss'].format(probe['test_loss'], guess)}")
-    classes = [pair for pair in zip(probe.get("per_class", ()), run.classes) if pair[0] is not None]
-    if classes:
+    if classes := [p for p in zip(probe.get("per_class", ()), run.classes) if p[0] is not None]:
         best, worst = (f"{name} ({percent(top1)})" for top1, name in (max(classes), min(classes)))
         lines.append(f"- Easiest class: {best}, hardest: {worst}.")
     return "\n".join(lines)
@@ -298,13 +296,15 @@ def limits(run):
     """What the numbers do not say: lines of Markdown"""
     n, images = run.data["n_test"], run.data["n_train"]
     keys = run.config.get("queue_size", 0) if run.method == "moco" else 0
+    span = keys / images / (views := 1 + run.config.get("symmetric", False))  # in epochs
+    own = views * (span - 0.5 if span > 1 else span**2 / 2)  # mean over an epoch without repeats
     missing = [f"k-NN on {name}" for what, name in plots.BASELINES.items() if not knn_of(run, what)]
     missing += ["a probe of an untrained encoder"] * bool(run.probe and not run.untrained)
     true = {"unfinished": run.epoch < run.epochs, "missing": missing, "queue": 2 * keys > images}
     true |= {"no paper": run.dataset not in plots.DATASETS.values()}
     lines = [f"- {text}" for name, text in TEXTS["limits"].items() if true.get(name, True)]
     values = dict(run=run, seed=run.config.get("seed", 0), error=100 / math.sqrt(n), keys=keys)
-    return "\n".join(lines).format(**values, missing=", ".join(missing), own=keys / images)
+    return "\n".join(lines).format(**values, missing=", ".join(missing), own=own)
 
 
 def evaluations_table(run):

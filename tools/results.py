@@ -133,14 +133,19 @@ def is_real(group):
     return "shapes" not in group[0]["data"]["name"]
 
 
+def by_protocol(row, run):
+    """Is a k-NN row of this run's images and last epoch (of a baseline 0), and by our protocol?"""
+    wanted = dict(k=200, temperature=0.1, data_sha256=run.get("data_sha256"))
+    alike = all(row.get(key, value) == value for key, value in wanted.items())
+    return alike and row["epoch"] in (0, run["config"]["epochs"]) and row.get("features") != "head"
+
+
 def knn(group, what=None):
     """Accuracies of the method itself or of a baseline, one for each run that has it"""
     found = []
     for run in group:
         rows = [row for row in run["knn"] if row["what"] == (what or run["method"])]
-        own = (None, run.get("data_sha256")), (0, run["config"]["epochs"])  # None: older rows
-        rows = [row for row in rows if row.get("data_sha256") in own[0] and row["epoch"] in own[1]]
-        if rows := [row for row in rows if row.get("features") != "head"]:
+        if rows := [row for row in rows if by_protocol(row, run)]:
             found.append(rows[-1]["correct"] / rows[-1]["n_test"])
         elif not what and run["history"]:  # the run's own monitor
             found.append(run["history"][-1]["knn_top1"])
@@ -170,7 +175,8 @@ def show(values):
 def machine_of(result):
     machine = result["machine"]
     name = machine.get("name") or machine["device"]
-    return f"{name}, {machine['threads']} threads, {machine['precision'].removeprefix('torch.')}"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    return f"{name}, {threads}, {machine['precision'].removeprefix('torch.')}"
 
 
 def cells_of(group):
@@ -556,8 +562,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs")
-    parser.add_argument("--data", help="what to call the images: a file's name means nothing")
-    parser.add_argument("--ablation", help="the runs are those of one comparison")
+    parser.add_argument("--data", help="name of the images in the tables, such as CIFAR-10")
+    parser.add_argument("--ablation", help="name of the comparison that the runs belong to")
     busy = "leave the minutes out, because the machine had other work or the run was paused"
     parser.add_argument("--no-minutes", action="store_true", help=busy)
     args = parser.parse_args()
