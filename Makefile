@@ -2,8 +2,8 @@
 #
 # Every step makes a file. An interrupted chain resumes where it stopped, and a finished step is not
 # repeated, not even when its script changes (a checkpoint holds the text of the script that wrote it).
-# A run's folder is named after its settings, so other settings never land in an old run (but that of
-# demo and of race has only the seed in its name, and demo's the method).
+# A run's folder is named after its settings, so other settings never land in an old run (except
+# by demo and race, whose folders are named after the seed alone, demo's after the method too).
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c

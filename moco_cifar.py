@@ -211,7 +211,7 @@ class MoCo(nn.Module):
     """Algorithm 1. Both encoders are a backbone and a head; encoder_k starts as a copy.
 
     Of several processes each has some rows of the batch: gather() returns the rows of all, shard()
-    its own (plumbing, below). With one process they return what they are given. unit(): length 1.
+    its own (plumbing, below); with one process, what they are given. unit() scales to length 1.
     """
 
     def __init__(self, config, n_images):
