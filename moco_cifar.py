@@ -833,7 +833,7 @@ class Run:
         if self.is_main:
             data, machine = self.data.about, self.about["machine"]
             print(f"{METHOD} on {data['n_train']} images of {data['name']}, into {self.out}/")
-            print(f"{machine['device']}, {machine['threads']} threads, {machine['precision'][6:]}")
+            print(f"{machine['device']}, threads: {machine['threads']}, {machine['precision'][6:]}")
             n, each = self.config.epochs * self.steps, f"{self.steps} per epoch"
             print(f"steps {self.step} to {n}, {each}; a loss of {chance:.2f} is chance", flush=True)
         return SharedOptimizer(optimizer, self.scaler, clip)

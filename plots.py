@@ -295,7 +295,7 @@ def draw_classes(run, most=25):
     for axes, some in zip(figure.subplots(1, columns, squeeze=False)[0], parts):
         axes.barh(range(len(some)), accuracy[some], color=BLUE, alpha=0.75, label=run.label)
         for place, value in enumerate(accuracy[some]):
-            axes.text(102, place, f"{value:.1f}", va="center", size=8)
+            axes.text(102, place, f"{value:.1f}".replace("nan", "no image"), va="center", size=8)
         if run.untrained:
             untrained = 100 * np.array(run.untrained["result"]["per_class"], dtype=float)[some]
             axes.plot(untrained, range(len(some)), "D", color=RED, ms=4, label="untrained encoder")

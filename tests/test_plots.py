@@ -136,6 +136,8 @@ def test_a_class_without_a_test_image_has_no_accuracy(finished, draw, light, tmp
     torch.save(linear, finished / "linear.pt")
     assert "classes" in draw(finished, "--report")[0]
     assert "hardest: a (50.00%)" in (tmp_path / "figures/report.md").read_text()
+    shown = texts(plots.draw_classes(plots.read_run(finished)))
+    assert "no image" in shown and "nan" not in shown
 
 
 def test_two_evaluations_are_compared(craft, draw, light):
