@@ -178,8 +178,9 @@ def test_a_run_to_choose_settings_with_is_no_result():
     tuned["data"] = tuned["data"] | {"holdout": 5000}
     for table in (results.table_of_runs, results.table_of_best):
         assert "80.0" in table([row(0, 800), tuned]) and "90.0" not in table([row(0, 800), tuned])
+    tuned["config"] = tuned["config"] | {"symmetric": True}
     (line,) = rows(results.table_of_tuning([row(0, 800), tuned]))
-    assert "90.0" in line
+    assert "90.0" in line and "| --symmetric |" in line
 
 
 def test_a_number_of_the_head_is_not_shown_as_the_backbones():

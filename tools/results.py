@@ -48,6 +48,8 @@ SCRIPTS = {"moco": "moco_cifar", "simclr": "simclr", "fast-moco": "fast_moco"}
 LOCAL = ("out", "data", "data_dir", "checkpoints")  # settings that only name places on a machine
 # and those that no accuracy depends on
 WITHOUT_EFFECT = (*LOCAL, *"seed device knn_every keep_every save_seconds compile restart".split())
+# tried to choose a recipe, and too rarely for a column of their own
+OTHERWISE = "head", "symmetric", "bn_splits", "key_momentum", "encode"
 
 
 # %% From a run's folder to a file
@@ -195,6 +197,7 @@ def cells_of(group):
         "temperature": config.get("temperature"),
         "learning rate": config.get("lr"),
         "image size": config.get("image_size"),
+        "otherwise": " ".join(flags_of(group).get(name, "") for name in OTHERWISE).strip(),
         "seeds": len(group),
         "k-NN %": show(knn(group)),
         "probe %": show(probe(group)),
@@ -229,23 +232,25 @@ def training_flop(group):
     return passes * run["data"]["n_train"] * forward_flop(SCRIPTS[run["method"]], *shape)
 
 
-def command_of(group):
-    """The command that repeats the first of the runs, with the scripts as they are now"""
-    script, config = SCRIPTS[group[0]["method"]], group[0]["config"]
-    words = ["python", f"{script}.py"] + ["--data", "data/shapes.npz"] * (not is_real(group))
+def flags_of(group):
+    """The settings of the first of the runs that are not its script's defaults -> {name: flag}"""
+    script, config, flags = SCRIPTS[group[0]["method"]], group[0]["config"], {}
     for name, usual in dataclasses.asdict(importlib.import_module(script).Config()).items():
         value = config.get(name, usual)
         value = tuple(value) if isinstance(value, list) else value
         if name not in WITHOUT_EFFECT and value != usual:
             flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-                continue
-            words += [
-                f"--{flag}",
-                ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
-            ]
-    return " ".join([*words, "--seed", str(config["seed"])])
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            yes_no = {True: f"--{flag}", False: f"--no-{flag}"}
+            flags[name] = yes_no[value] if isinstance(value, bool) else f"--{flag} {text}"
+    return flags
+
+
+def command_of(group):
+    """The command that repeats the first of the runs, with the scripts as they are now"""
+    words = ["python", f"{SCRIPTS[group[0]['method']]}.py"]
+    words += ["--data", "data/shapes.npz"] * (not is_real(group))
+    return " ".join([*words, *flags_of(group).values(), f"--seed {group[0]['config']['seed']}"])
 
 
 # %% From the rows to the tables
@@ -274,8 +279,9 @@ def table_of_runs(results):
 
 def table_of_tuning(results):
     """The runs with which the settings of --recipe cpu were chosen, the best first"""
-    columns = ["", "method", "temperature", "learning rate", "image size", "epochs", "k-NN %"]
-    return with_commands(grouped(results, tuning=True), [*columns, "PFLOP", "machine", "date"])
+    columns = ["", "method", "temperature", "learning rate", "image size", "otherwise", "epochs"]
+    columns += ["k-NN %", "PFLOP", "machine", "date"]
+    return with_commands(grouped(results, tuning=True), columns)
 
 
 def table_of_race(results):
