@@ -65,6 +65,24 @@ def test_what_the_jpeg_copy_is_worth_is_as_measured():
     assert f"{original} k-NN accuracy on the originals and {copy} on the copy" in text
 
 
+def test_what_the_learning_rate_does_on_the_shapes_is_as_measured():
+    text = (ROOT / "docs/ablations.md").read_text()
+    header, _, *lines = text[text.index("| learning rate | 0.015") :].splitlines()[:6]
+    rates = [cell.strip() for cell in header.split("|")]
+    shown = {
+        (line.split("|")[1].split(", temp")[0].strip(), rate): cell.strip()
+        for line in lines
+        for rate, cell in zip(rates[2:-1], line.split("|")[2:-1])
+        if cell.strip() and "table below" not in cell
+    }
+    runs = json.loads((ROOT / "results/rates-shapes.json").read_text())["runs"]
+    assert shown == {
+        (run["name"], str(run["config"]["lr"])): f"{100 * run['last']['knn_top1']:.1f}"
+        for run in runs
+    }
+    assert len(runs) == 10 and {run["last"]["epoch"] for run in runs} == {8}
+
+
 def test_readme_shows_at_most_six_rows_with_their_commands():
     table = results.table_of_best(results.published())
     assert (

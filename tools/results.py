@@ -197,7 +197,7 @@ def cells_of(group):
         "temperature": config.get("temperature"),
         "learning rate": config.get("lr"),
         "image size": config.get("image_size"),
-        "otherwise": " ".join(flags_of(group).get(name, "") for name in OTHERWISE).strip(),
+        "otherwise": " ".join(flag for name, flag in flags_of(group).items() if name in OTHERWISE),
         "seeds": len(group),
         "k-NN %": show(knn(group)),
         "probe %": show(probe(group)),
