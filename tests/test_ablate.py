@@ -312,7 +312,7 @@ def test_more_flags_and_other_images_have_a_folder_of_their_own():
     ]
     assert len(set(folders)) == len(ways)
     first = commands("queue", "shapes", args="--queue-size 7 --lr 1")[0]
-    assert first.index("7") < first.index("64") and first.index("0.12") < first.index("1")
+    assert first.index("7") < first.index("64") and first.index("0.03") < first.index("1")
 
 
 def test_an_unknown_name_is_refused_with_the_names():

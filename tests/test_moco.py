@@ -627,7 +627,7 @@ DEMO = USUAL | {  # recipes.md, [demo]
 
 CHANGES = {  # what each recipe changes in the official demo's
     "demo": {},
-    "cpu": dict(width=16, epochs=80, batch_size=256, lr=0.12, crop_scale=(0.2, 1.0)),
+    "cpu": dict(width=16, epochs=70, batch_size=256, crop_scale=(0.2, 1.0)),
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6),  # m 0.99 as in demo
     "v1": dict(temperature=0.07, schedule="step"),
     "v2": dict(head="mlp", temperature=0.2, blur=0.5),

@@ -133,6 +133,14 @@ def rows(table):
     return [line for line in table.splitlines()[2:] if line.startswith("|")]
 
 
+def test_a_run_can_be_published_up_to_a_checkpoint(pretrained):
+    """Such as one of --keep-every."""
+    whole, part = (results.collect(path, "x") for path in (pretrained, pretrained / "pretrain.pt"))
+    assert whole == part
+    with pytest.raises(SystemExit, match="epoch0009.pt is not there"):
+        results.collect(pretrained / "epoch0009.pt", "x")
+
+
 def test_seeds_share_a_row():
     (line,) = rows(results.table_of_runs([row(0, 800), row(1, 820), row(2, 840)]))
     assert "82.0 ± 2.0" in line and "| 3 |" in line
@@ -205,6 +213,35 @@ def test_a_number_of_the_head_is_not_shown_as_the_backbones():
     run = row(0, 800)
     run["knn"].append(run["knn"][0] | {"correct": 900, "features": "head"})
     assert results.knn([run]) == [0.8]
+
+
+def demo(last, **more):
+    """A run with the demo's settings, of 200 epochs but stopped after `last`"""
+    run = row(0, 500)
+    run["data"] |= {"n_train": 50_000}
+    run["config"] = dict(arch="resnet18", width=64, epochs=200, seed=0) | more
+    run["history"] = [dict(epoch=e, loss=7.0 + e / 10, knn_top1=0.5) for e in range(1, last + 1)]
+    head = dict(what="moco", features="head", k=200, temperature=0.1, n_test=1000)
+    run["knn"] = [head | dict(epoch=e, correct=300 + 10 * e) for e in (1, 2, 3)]
+    run["knn"] += [head | dict(epoch=2, correct=999, features="backbone")]
+    return run
+
+
+def test_the_demo_stands_beside_its_own_log_at_the_epochs_known_of_both():
+    runs = [demo(1), demo(3), demo(4, lr=0.1), row(0, 800)]
+    table = rows(results.table_of_demo(runs))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert lines == [
+        ["1", "31.00", "31.98", "-0.98", "7.100", "6.957"],
+        ["2", "32.00", "33.52", "-1.52", "7.200", "7.250"],
+    ]
+    (knn, loss) = results.draw_demo(results.demo_log(runs)).axes
+    assert [line.get_xdata().tolist() for line in knn.lines] == [[1, 2, 3], [1, 2]]
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[7.1, 7.2, 7.3], [6.957, 7.25]]
+
+
+def test_a_run_that_was_stopped_is_no_row():
+    assert results.grouped([demo(3)]) == [] and len(results.grouped([demo(200)])) == 1
 
 
 @pytest.mark.parametrize("other", [dict(epoch=1), dict(data_sha256="other"), dict(k=10)])

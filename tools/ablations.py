@@ -10,9 +10,10 @@ import itertools
 SCALES = {
     "shapes": dict(data="data/shapes.npz", arch="resnet8", width=16, batch_size=128, lr=0.12)
     | dict(crop_scale="0.5,1", epochs=8),
-    "shapes moco_cifar.py": dict(bn_splits=1, queue_size=1024),
+    "shapes moco_cifar.py": dict(bn_splits=1, queue_size=1024, lr=0.03),  # 0.12 is too high for it
     "shapes fast_moco.py": dict(head_hidden=256, dim=128, predictor_hidden=64),
     "cpu": dict(data="cifar10", arch="resnet18", width=16, batch_size=256, lr=0.12, epochs=10),
+    "cpu moco_cifar.py": dict(lr=0.03),
     "cpu fast_moco.py": dict(head_hidden=256, dim=128, predictor_hidden=64),
     "full": dict(data="cifar10", arch="resnet50", batch_size=256, lr=0.03, epochs=200),
     "full moco_cifar.py": dict(recipe="v1", weight_decay=1e-4, key_momentum=0.999),

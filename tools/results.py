@@ -2,6 +2,7 @@
 and docs/results.md, and the pictures in docs/.
 
     python tools/results.py runs/NAME [...] --data "CIFAR-10"
+    python tools/results.py runs/NAME/epoch0010.pt --data "CIFAR-10"  # of a run that was stopped
     python tools/results.py runs/ablate-NAME-SCALE/* --ablation NAME   # into docs/ablations.md
     python tools/results.py                     # only rebuild the tables and pictures
 
@@ -72,10 +73,11 @@ def evaluation(linear):
 
 
 def collect(run, data, minutes=True):
-    """Everything worth keeping of a run's folder -> a plain dict"""
-    checkpoint = load(run / "pretrain.pt")
+    """Everything worth keeping of a run's folder, or of a run up to a checkpoint -> a plain dict"""
+    path, run = (run, run.parent) if run.suffix == ".pt" else (run / "pretrain.pt", run)
+    checkpoint = load(path)
     if checkpoint is None:
-        sys.exit(f"error: {run}: no pretrain.pt there, the run is not finished")
+        sys.exit(f"error: {path} is not there: is the run finished?")
     about, source = checkpoint["data"], checkpoint["source"].encode()
     images = {key: about[key] for key in ("n_train", "n_test", "image_size", "holdout")}
     result = dict(
@@ -83,7 +85,7 @@ def collect(run, data, minutes=True):
         method=checkpoint["method"],
         data=images | dict(name=data, classes=len(about["classes"])),
         data_sha256=about["sha256"],
-        checkpoint_sha256=hashlib.sha256((run / "pretrain.pt").read_bytes()).hexdigest(),
+        checkpoint_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         script_sha256=hashlib.sha256(source).hexdigest(),
         config=without(checkpoint["config"], LOCAL),
         machine=checkpoint["machine"],
@@ -113,13 +115,18 @@ def published(folder=ROOT / "results"):
 
 
 # %% From the files to the rows
+def stopped(run):
+    """Is this a run up to a checkpoint, not up to its last epoch?"""
+    return bool(run["history"]) and run["history"][-1]["epoch"] < run["config"]["epochs"]
+
+
 def grouped(results, tuning=False):
     """Lists of runs that differ only in their seed: real images first, and most of them first.
     tuning: those that were evaluated on held-out training images, to choose settings with
     """
     groups = {}
-    for result in results:
-        if "history" in result and bool(result["data"].get("holdout")) == tuning:
+    for result in (r for r in results if "history" in r and not stopped(r)):
+        if bool(result["data"].get("holdout")) == tuning:
             where = result["machine"]["device"], result["machine"]["precision"]
             config = without(result["config"], ["seed"])
             key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
@@ -347,6 +354,37 @@ def table_of_labels(results):
     return markdown(rows)
 
 
+# the official CIFAR-10 demo's own log (asymmetric, 200 epochs): k-NN in % on the head, and the loss
+OFFICIAL = {1: (31.98, 6.957), 2: (33.52, 7.250), 5: (37.95, 6.862), 10: (48.03, 5.991)}
+OFFICIAL |= {20: (61.38, 4.341), 30: (67.05, 3.692), 50: (73.30, 3.195)}
+
+
+def demo_log(results):
+    """{epoch: (k-NN in % on the head or None, loss)} of the run with the demo's settings that got
+    furthest, stopped or not
+    """
+    runs = [r for r in results if r.get("method") == "moco" and is_real([r])]
+    runs = [r for r in runs if not flags_of([r]) and not r["data"].get("holdout")]
+    if not runs:
+        return {}
+    run = max(runs, key=lambda run: run["history"][-1]["epoch"])
+    wanted = dict(what="moco", features="head", k=200, temperature=0.1)
+    rows = [row for row in run["knn"] if wanted.items() <= row.items()]
+    knn = {row["epoch"]: 100 * row["correct"] / row["n_test"] for row in rows}
+    return {row["epoch"]: (knn.get(row["epoch"]), row["loss"]) for row in run["history"]}
+
+
+def table_of_demo(results):
+    """`--recipe demo` beside the official demo's log, at the epochs known of both"""
+    rows = []
+    for epoch, (knn, loss) in demo_log(results).items():
+        if knn and epoch in OFFICIAL:
+            row = {"epoch": epoch, "k-NN %": f"{knn:.2f}", "the demo's k-NN %": OFFICIAL[epoch][0]}
+            row |= {"difference": f"{knn - OFFICIAL[epoch][0]:+.2f}", "loss": f"{loss:.3f}"}
+            rows.append(row | {"the demo's loss": f"{OFFICIAL[epoch][1]:.3f}"})
+    return markdown(rows)
+
+
 def table_of_speed(results):
     """What tools/bench.py has found of each method, at each batch size on each machine"""
     latest, rows = {}, []
@@ -477,24 +515,47 @@ def draw_knn(panels, against, band):
     return figure
 
 
-def fingerprint(name, results):
-    """What a picture was drawn from, as a hash; the picture holds it"""
-    panels, against, band = PICTURES[name]
+def draw_demo(log):
+    """`--recipe demo` beside the official demo: k-NN accuracy on the head, and the loss"""
+    figure = plots.new_figure("--recipe demo beside the official demo's log", 8, 3.4)
+    official = {epoch: row for epoch, row in OFFICIAL.items() if epoch <= max(log)}
+    panels = zip(figure.subplots(1, 2), ("k-NN top-1 on the head (%)", "loss"))
+    for i, (axes, what) in enumerate(panels):
+        for place, (name, rows) in enumerate({"ours": log, "the demo": official}.items()):
+            rows = [{"epoch": e, what: row[i]} for e, row in rows.items() if row[i] is not None]
+            plots.draw_curve(axes, rows, what, name, place)
+        axes.set(ylabel=what)
+        axes.legend()
+    return figure
+
+
+def picture(name, results):
+    """-> what a picture is drawn from, as plain values, and the function that draws it"""
+    if name == "demo.png":
+        log = demo_log(results)
+        return [log, OFFICIAL], lambda: draw_demo(log)
+    select, against, band = PICTURES[name]
+    panels = select(results, against)
     found = {
         title: [[cells_of(group), curve_of(group, against)] for group in groups]
         + [levels_of(groups)]
-        for title, groups in panels(results, against).items()
+        for title, groups in panels.items()
     }
-    return hashlib.sha256(json.dumps([found, against, band]).encode()).hexdigest()
+    return [found, against, band], lambda: draw_knn(panels, against, band)
+
+
+def fingerprint(name, results):
+    """What a picture was drawn from, as a hash; the picture holds it"""
+    return hashlib.sha256(json.dumps(picture(name, results)[0]).encode()).hexdigest()
 
 
 def draw_pictures(results, folder=ROOT / "docs"):
     """Draw what is not there yet, or was drawn from other results"""
-    for name, (panels, against, band) in PICTURES.items():
+    for name in PICTURES:
         mark = fingerprint(name, results)
         if not (folder / name).exists() or mark_in(folder / name) != mark:
             with matplotlib.rc_context(plots.STYLE):
-                figure = draw_knn(panels(results, against), against, band)
+                figure = picture(name, results)[1]()
                 figure.savefig(folder / name, dpi=120, metadata={"Description": mark})
 
 
@@ -585,7 +646,8 @@ if __name__ == "__main__":
     elif args.runs and not args.data:
         parser.error("say with --data what the images are")
     for run in args.runs if args.data else ():
-        file = ROOT / "results" / f"{run.name}.json"
+        name = f"{run.parent.name}-{run.stem}" if run.suffix == ".pt" else run.name
+        file = ROOT / "results" / f"{name}.json"
         result = collect(run, args.data, not args.no_minutes)
         file.write_text(json.dumps(result, indent=1) + "\n")
     for page, names in PAGES.items():
