@@ -27,29 +27,35 @@ import mechanism_cost  # noqa: E402
 FAKE = r"""
 import os, signal, sys, time
 from pathlib import Path
-name, argv = Path(sys.argv[0]).name, sys.argv[1:]
-out = Path(argv[argv.index("--out") + 1] if name == "moco_cifar.py" else argv[0])
-def note(what):
-    with open("calls", "a") as file:
-        file.write(f"{what} {name} {out.name} {os.environ.get('OMP_NUM_THREADS')}\n")
-def stop(*_):
-    note("saved")
-    sys.exit(143)
-signal.signal(signal.SIGTERM, stop)
-note("start")
-fail = Path("fail")
-if name == "moco_cifar.py" and fail.exists() and fail.read_text() in " ".join(argv):
-    sys.exit("error: out of luck")
-if name == "plots.py":
-    Path("drawn").write_text(" ".join(argv))
-    sys.exit()
-if name == "moco_cifar.py":
-    time.sleep(0.3)
-    (out / "pretrain.jsonl").touch()
-time.sleep(float(Path("seconds").read_text()))
-file = {"moco_cifar.py": "pretrain.pt", "knn_monitor.py": "knn.jsonl"}.get(name, "linear.pt")
-(out / file).touch()
-note("end")
+from types import SimpleNamespace
+def parse_config(argv):
+    return SimpleNamespace(**{flag[2:]: value for flag, value in zip(argv[::2], argv[1::2])})
+def main():
+    name, argv = Path(sys.argv[0]).name, sys.argv[1:]
+    out = Path(argv[argv.index("--out") + 1] if name == "moco_cifar.py" else argv[0])
+    def note(what):
+        with open("calls", "a") as file:
+            file.write(f"{what} {name} {out.name} {os.environ.get('OMP_NUM_THREADS')}\n")
+    def stop(*_):
+        note("saved")
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, stop)
+    note("start")
+    fail = Path("fail")
+    if name == "moco_cifar.py" and fail.exists() and fail.read_text() in " ".join(argv):
+        sys.exit("error: out of luck")
+    if name == "plots.py":
+        Path("drawn").write_text(" ".join(argv))
+        sys.exit()
+    if name == "moco_cifar.py":
+        time.sleep(0.3)
+        (out / "pretrain.jsonl").touch()
+    time.sleep(float(Path("seconds").read_text()))
+    file = {"moco_cifar.py": "pretrain.pt", "knn_monitor.py": "knn.jsonl"}.get(name, "linear.pt")
+    (out / file).touch()
+    note("end")
+if __name__ == "__main__":
+    main()
 """
 NAME, RUNS = "momentum", 4  # settings in its grid
 
@@ -209,18 +215,25 @@ def test_a_dry_run_lists_the_commands_and_does_nothing(tree, start):
 
 
 def test_what_is_published_can_be_left_out(tree, start):
-    """Of an earlier sitting, or of another machine: only names are known, no files"""
+    """Of an earlier sitting, or of another machine: names and settings are known, no files. A run
+    with other settings is no stand-in.
+    """
     assert start().wait() == 0
     done = sorted(path.name for path in (tree / "runs").glob("*/*") if path.is_dir())
     shutil.rmtree(tree / "runs")
     (tree / "calls").unlink()
     file = tree / "results/comparisons" / f"{NAME}-shapes-x.npz.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"runs": [{"name": name} for name in done[1:]]}))
+
+    def publish(rates):
+        runs = [{"name": name, "config": {"lr": lr}} for name, lr in zip(done, rates)]
+        file.write_text(json.dumps({"runs": runs}))
+
+    publish(["0.12"] + ["0.03"] * (RUNS - 1))
     out, err = start("--missing").communicate()
     assert {note.split()[2] for note in calls(tree)} == {done[0]}, out + err
     assert f"results.py runs/ablate-{NAME}-shapes-x.npz/{done[0]} --ablation {NAME}" in out
-    file.write_text(json.dumps({"runs": [{"name": name} for name in done]}))
+    publish(["0.03"] * RUNS)
     process = start("--missing")
     assert "every run is in results/ already" in process.communicate()[0]
     assert process.returncode == 0 and len(calls(tree)) == 3

@@ -11,6 +11,7 @@ The names and what they stand for are in tools/ablations.py.
 
 import argparse
 import fcntl
+import importlib
 import itertools
 import json
 import os
@@ -73,9 +74,17 @@ def plan(args):
 
 
 def published(title):
-    """Names of the runs that are in results/, from this sitting or an earlier one"""
+    """{name: settings} of the runs that are in results/, from this sitting or an earlier one"""
     file = ROOT / "results" / "comparisons" / f"{title.removeprefix('ablate-')}.json"
-    return {run["name"] for run in json.loads(file.read_text())["runs"]} if file.exists() else set()
+    runs = json.loads(file.read_text())["runs"] if file.exists() else []
+    return {run["name"]: run["config"] for run in runs}
+
+
+def asks_for(pretrain, found):
+    """Does this command ask for these settings? Files and folders don't count."""
+    script = importlib.import_module(pretrain[0].removesuffix(".py"))
+    config = json.loads(json.dumps(vars(script.parse_config(pretrain[1:]))))  # tuples become lists
+    return all(config[key] == found[key] for key in config.keys() & found.keys() - {"data"})
 
 
 def python(argv, **options):
@@ -141,13 +150,20 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, help="other than the scale's")
     parser.add_argument("--args", default="", help="more flags for pretraining: --args='--lr 0.1'")
     parser.add_argument("--jobs", type=int, help="runs at a time [one per core; 1 on a GPU]")
-    parser.add_argument("--missing", action="store_true", help="skip runs that are in results/")
+    parser.add_argument(
+        "--missing", action="store_true", help="skip runs that are in results/ with these settings"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     args = parser.parse_args()
     runs, figure = plan(args)
     if args.missing:
         done = published(next(iter(runs)).parent.name)
-        runs = {run: steps for run, steps in runs.items() if run.name not in done}
+        sys.path.insert(0, str(ROOT))
+        runs = {
+            run: steps
+            for run, steps in runs.items()
+            if run.name not in done or not asks_for(steps[0][1], done[run.name])
+        }
         figure = ["tools/results.py", *map(str, runs), "--ablation", args.name]  # of all runs
     if not runs:
         print("every run is in results/ already")
