@@ -1,10 +1,10 @@
 """Fast-MoCo on CIFAR-10: more positive pairs from two views, at nearly the same cost.
 
-A view is divided into 2x2 patches, each is encoded on its own, and the mean of any two of the four
-embeddings is an embedding of the image: six from one encoding, as four quarters cost the encoder
-what the whole costs. Each should find its own image among those of the batch, which a slow copy of
-the encoder sees whole (a moving average of its weights, as in MoCo). There is no queue: the
-negatives are the other images of the batch.
+A view is divided into 2x2 patches, and each is encoded on its own; the mean of any two of the four
+embeddings is an embedding of the image: six from one encoding, since four quarters cost the encoder
+as much as the whole. Each of the six must find its own image among the embeddings of the batch that
+a slow copy of the encoder computes from whole views (a moving average of its weights, as in MoCo).
+There is no queue: the negatives are the other images of the batch.
 
     view_1 -divide-> 4 patches -encoder-> 4 v -combine-> 6 c -projector-predictor-> 6 z_c --.
                                   | momentum update                                  ctr(z_c, z)
@@ -46,7 +46,7 @@ Stage = Literal["input", "stage1", "stage2", "stage3", "final", "proj", "pred"]
 @dataclasses.dataclass
 class Config:
     # -- data
-    data: str = "cifar10"  # or cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
+    data: str = "cifar10"  # cifar10, cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
     data_dir: str = "data"  # folder for downloads and caches
     image_size: int = 32  # pixels; images of another size are resized
     limit: int = 0  # train on this many images, equally many per class; 0: all
@@ -61,20 +61,20 @@ class Config:
     blur: float = 0.0  # probability of a Gaussian blur (0.5 in the paper, on ImageNet)
     # -- model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
-    width: int = 64  # channels of its first stage; of vit-tiny: of each of its 3 heads
+    width: int = 64  # channels of the first stage; for vit-tiny, size of each of the 3 heads
     head_hidden: int = 2048  # units of the projector's two hidden layers
     dim: int = 2048  # C, the size of the vectors that are compared
     predictor_hidden: int = 512  # units of the predictor's hidden layer
-    # -- method
+    # -- method (letters: sections of the supplementary)
     framework: Literal["moco", "byol", "simsiam", "nnclr"] = "moco"  # whose targets and loss (C.1)
     encode: Encode = "divide-combine"  # how the online branch sees a view (D); whole: MoCo v3
     grid: int = 2  # a view is divided into grid x grid patches
     parts_combined: int = 2  # n, patches in a combination
     combine_at: Stage = "final"  # after which stage patches are combined (C.5)
-    full_crops: int = 2  # views; those after the first two have no target of their own (B.5)
+    full_crops: int = 2  # views per image; only the first two have a target (B.5)
     small_crops: int = 0  # more views without a target, of a patch's size (multi-crop, SwAV)
     temperature: float = 0.2  # T of the softmax; 1 in the paper, on ImageNet
-    key_momentum: float = 0.99  # a, of the moving average
+    key_momentum: float = 0.99  # a, the momentum of the target's moving average (Algorithm 1)
     queue_size: int = 4096  # of nnclr: embeddings among which a target's nearest neighbour is taken
     # -- optimisation
     epochs: int = 200  # passes over the training images
@@ -85,7 +85,7 @@ class Config:
     weight_decay: float = 1e-4  # on all parameters
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     warmup_epochs: float = 1.0  # linear warm-up, in epochs
-    warmup_start: float = 0.25  # learning rate at its start, as a share of the peak
+    warmup_start: float = 0.25  # learning rate when the warm-up begins, as a share of the peak
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     # -- run
     out: str = "runs/fast-moco"  # the run's folder
@@ -105,7 +105,7 @@ RECIPES = {
     "cpu": dict(width=16, head_hidden=256, dim=128, predictor_hidden=64, epochs=40, batch_size=256),
     "paper": dict(epochs=100, temperature=1.0, blur=0.5),  # Table 1
     "paper-20": dict(epochs=20, lr=0.15, temperature=1.0, blur=0.5),  # Table 1, for its ablations
-    "adamw": dict(optimizer="adamw", lr=1e-3, weight_decay=0.05),  # C.4 gives no rate: a usual one
+    "adamw": dict(optimizer="adamw", lr=1e-3, weight_decay=0.05),  # usual values; C.4 gives none
     # MoCo v3 with a ViT (arXiv:2104.02057): optimizer, warm-up, heads and T of its sec. 5; epochs,
     # decay and lr (1.5e-4 per 256 images) of its code. Ours: sizes, views, m that doesn't grow to 1
     "vit": dict(arch="vit-tiny", encode="whole", epochs=300, optimizer="adamw", lr=3e-4, clip=0.0)
@@ -115,26 +115,26 @@ RECIPES = {
 
 
 # %% Augmentation: what the features should ignore
-def augment(images, recipe):
+def augment(images, config):
     """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised. Each
-    operation (plumbing, below) draws random numbers of its own for every image. recipe: a Config
+    operation (plumbing, below) draws its own random numbers for each image.
     """
-    x = random_resized_crop(images / 255, recipe.crop_scale)
-    x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
-    x = sometimes(recipe.gray, grayscale, x)
-    x = sometimes(recipe.blur, gaussian_blur, x)
-    return normalise(x, recipe)
+    x = random_resized_crop(images / 255, config.crop_scale)
+    x = sometimes(config.flip, horizontal_flip, x)
+    x = sometimes(0.8, lambda x: color_jitter(x, config.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
+    x = sometimes(config.gray, grayscale, x)
+    x = sometimes(config.blur, gaussian_blur, x)
+    return normalise(x, config)
 
 
 # %% Divide and combine
 def divide(x, grid=2):
-    """(N, C, H, W) -> (grid**2 N, C, H/grid, W/grid): all upper left patches, those below..."""
+    """(N, C, H, W) -> (grid**2 N, C, H/grid, W/grid), column-major: upper left, lower left, ..."""
     return torch.cat([patch for column in x.chunk(grid, 3) for patch in column.chunk(grid, 2)])
 
 
 def combine(v, parts=4, n=2):
-    """Means of any n patches of an image: (parts N, D) -> (C(parts, n) N, D), the first n first"""
+    """Mean of every n patches of an image: (parts N, D) -> (comb(parts, n) N, D), in blocks of N"""
     return torch.cat([sum(some) / n for some in combinations(v.chunk(parts), n)])
 
 
@@ -151,7 +151,7 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
     block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock
     net = nn.Sequential()  # runs its layers in the order in which they are assigned
-    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # ImageNet: 7x7, stride 2, max-pool
     net.bn1, net.relu, net.dim = norm_layer(width), nn.ReLU(inplace=True), width
     for i, depth in enumerate(depths):
         stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
@@ -179,7 +179,7 @@ def build_mlp(*sizes):
 # %% The method
 def ctr(z_c, z, temperature):
     """Algorithm 1: each combination, z_c (6N, C), must find its image among the N of z (N, C)."""
-    with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for a softmax
+    with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for logits
         logits = unit(z_c) @ unit(z).T / temperature  # (6N, N), cosines / T
         labels = torch.arange(len(z), device=z.device).repeat(len(z_c) // len(z))
         return F.cross_entropy(logits, labels)  # the mean of the six losses
@@ -247,13 +247,13 @@ class FastMoCo(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; not for batch-norm statistics"""
+    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; running statistics stay its own"""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
 # %% Training
 def warmup_cosine(config, epoch):
-    """The learning rate at a time in epochs: linear warm-up, then half a cosine (or constant)"""
+    """Learning rate at a fractional epoch: linear warm-up, then half a cosine (or constant)"""
     if epoch < config.warmup_epochs:
         start = config.warmup_start
         return config.lr * (start + (1 - start) * epoch / config.warmup_epochs)
@@ -264,7 +264,7 @@ def warmup_cosine(config, epoch):
 
 
 def train(config, run):
-    """Algorithm 1. `run` (plumbing, below) brings images, resumes, measures, logs and saves."""
+    """Algorithm 1. `run` (plumbing, below) supplies images, resumes, measures, logs and saves."""
     model = FastMoCo(config)
     # two groups: in the authors' code the predictor's learning rate is constant
     groups = [{"params": model.online[:2].parameters()}, {"params": model.online[2].parameters()}]
@@ -273,7 +273,7 @@ def train(config, run):
     optimizer = sgd if config.optimizer == "sgd" else torch.optim.AdamW(groups, **how)
     negatives = config.framework in ("moco", "nnclr")
     chance = 2 * math.log(config.batch_size) if negatives else 4.0  # the loss of guessing
-    optimizer = run.start(model, model.online, optimizer, chance, config.clip)
+    optimizer = run.start(model, model.online, optimizer, chance, config.clip)  # step() also clips
     view = run.compiled(augment)  # augment itself, unless --compile
     samples = config.grid**2 * config.full_crops if config.encode.startswith("sample") else 0
     for _, images in run.batches():  # images (N, 3, H, W) uint8, on the device
@@ -306,7 +306,7 @@ def variant_inputs(config, views, small):
 
 
 def small_view(images, config):
-    """A random crop of the scale and the size of a patch: (N, 3, H, W) -> (N, 3, H/2, W/2)"""
+    """A random crop, a patch in scale and size: (N, 3, H, W) -> (N, 3, H/grid, W/grid)"""
     scale = tuple(share / config.grid**2 for share in config.crop_scale)
     view = augment(images, dataclasses.replace(config, crop_scale=scale))
     return F.avg_pool2d(view, config.grid)
@@ -314,7 +314,7 @@ def small_view(images, config):
 
 def montage(encoder, patches, grid):
     """Patches of different images are put together into whole ones, encoded, and taken apart again:
-    (4N, 3, h, w) -> (4N, D). Four patches share a batch norm, and each sees its neighbours' edges.
+    (4N, 3, h, w) -> (4N, D). Across the seams a patch sees other images; divided, it sees padding.
     """
     parts = patches.chunk(grid**2)
     shuffles = [torch.randperm(len(part), device=part.device) for part in parts]

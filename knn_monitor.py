@@ -2,7 +2,7 @@
 
 A feature is the vector h that the encoder makes of an image. A test image is classified by the k
 training images whose features are most similar to its own: each votes for its label, and the more
-similar it is, the more its vote counts. How much more, the temperature T sets.
+similar it is, the more its vote counts. The temperature T sets how much more.
 
     M training images --encoder--> bank: their features, D numbers each, computed once
                                    |
@@ -54,7 +54,7 @@ class Config:
     features: Literal["backbone", "head"] = "backbone"  # head: what the loss sees
     baseline: Literal["none", "pixels", "random"] = "none"  # measure this instead of the encoder
     watch: bool = False  # follow a run's folder: measure each new state until it is complete
-    # -- data ("" and 0: what the checkpoint names)
+    # -- data ("" or 0: as in the checkpoint)
     data: str = ""  # cifar10, cifar100, svhn, stl10 or an .npz file
     data_dir: str = ""  # folder for downloads
     limit: int = 0  # number of training images in the bank, equally many of each class
@@ -239,7 +239,7 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
     block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock
     net = nn.Sequential()  # runs its layers in the order in which they are assigned
-    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # ImageNet: 7x7, stride 2, max-pool
     net.bn1, net.relu, net.dim = norm_layer(width), nn.ReLU(inplace=True), width
     for i, depth in enumerate(depths):
         stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2

@@ -7,11 +7,11 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
     images --encoder (frozen, eval mode)--> features (N, D) --linear--> logits --> cross-entropy
              computed once                                    ^ the only thing that learns
 
-No learning rate suits every encoder: larger features make larger gradients and need a smaller rate.
+No learning rate suits every encoder: larger features make larger gradients and need a smaller one.
 MoCo's own probe uses 30. That suits the synthetic shapes of `make demo`, but is too high for short
 runs on CIFAR-10: the logits (class scores) grow huge, and the test loss exceeds that of guessing,
-ln 10. So by default eight rates are tried on 90% of the training images, and the best on the other
-10% trains a new layer on all.
+ln 10. So by default eight learning rates are tried on 90% of the training images, and the one that
+does best on the other 10% trains a new layer on all.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 
@@ -29,8 +29,8 @@ last epoch on the test set, and nothing is chosen by them: to compare settings, 
     python linear_eval.py runs/moco --mode finetune --labels 0.1    # compare --mode supervised
     python linear_eval.py runs/moco/epoch*.pt runs/moco  # kept by --keep-every, and the last one
 
-Writes linear.pt (the second checkpoint) and linear.jsonl (its own log): a plain probe beside the
-first checkpoint, everything else into a folder there, such as random/, finetune-0.1/, epoch0010/.
+Writes linear.pt (the second checkpoint) and linear.jsonl (its log). A plain probe puts them beside
+the first checkpoint, anything else into a subfolder, such as random/, finetune-0.1/, epoch0010/.
 """
 
 # %%
@@ -55,22 +55,22 @@ class Config:
     augment: bool = False  # new random crops and flips each epoch instead of features computed once
     crop_scale: tuple = (0.08, 1.0)  # smallest and largest share of the area that a crop keeps
     # -- data
-    data: str = ""  # other images than the checkpoint's: cifar10, ..., or an .npz file
+    data: str = ""  # images to use instead of the checkpoint's: cifar10, ..., or an .npz file
     data_dir: str = ""  # folder for downloads; "": as in pretraining
     limit: int = 0  # number of training images, equally many of each class; 0: as in pretraining
-    labels: float = 1.0  # share of these images that is used, equally many of each class
-    holdout: int = 0  # number of training images to evaluate on instead; 0: as in pretraining
+    labels: float = 1.0  # share of the training labels to use, equally many of each class
+    holdout: int = 0  # evaluate on this many training images, held out; 0: as in pretraining
     # -- optimisation
     epochs: int = 100  # passes over the labelled images
     batch_size: int = 256  # images per step
-    optimizer: Literal["sgd", "lars", "adam"] = "sgd"  # LARS: steps in proportion to the weights
-    lr: tuple = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # initial learning rate, or several
-    encoder_lr: float = 1.0  # finetune: the encoder's learning rate, as a share of lr; 0: frozen
+    optimizer: Literal["sgd", "lars", "adam"] = "sgd"  # LARS: layer-wise step sizes
+    lr: tuple = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # initial; of several, the best wins
+    encoder_lr: float = 1.0  # encoder's learning rate as a share of lr, except in probes; 0: frozen
     sgd_momentum: float = 0.9  # momentum of SGD and LARS
     nesterov: bool = False  # Nesterov's momentum in SGD
     weight_decay: float = 0.0  # weight decay
     schedule: Literal["cosine", "step"] = "step"  # step: x lr_decay at 60% and 80% of the epochs
-    lr_decay: float = 0.1  # that factor; 1: a constant learning rate
+    lr_decay: float = 0.1  # factor of the step schedule; 1: a constant learning rate
     # -- run
     out: str = ""  # folder for linear.pt; "": the checkpoint's, or finetune-0.1/ and so on in it
     seed: int = 0  # random seed of classifier, order of images, choice of labels, untrained encoder
@@ -115,7 +115,7 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
     block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock
     net = nn.Sequential()  # runs its layers in the order in which they are assigned
-    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # ImageNet: 7x7, stride 2, max-pool
     net.bn1, net.relu, net.dim = norm_layer(width), nn.ReLU(inplace=True), width
     for i, depth in enumerate(depths):
         stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
@@ -158,13 +158,13 @@ def features_of(encoder, x, config, autocast):
 
 # %% The classifier
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, its steps in proportion to the weights (You et al., arXiv:1708.03888):
+    """SGD with momentum, each layer's step in proportion to |w| (You et al., arXiv:1708.03888):
 
         v <- momentum v + lr r (grad + decay w),   r = trust |w| / (|grad| + decay |w|)
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call, however many they are.
+    torch._foreach_ functions take whole lists: a few kernel launches instead of some per tensor.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):

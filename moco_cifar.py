@@ -2,7 +2,7 @@
 
 Two random views of an image (crops, flips, colour changes) should get similar features, and views
 of different images should not. The first view becomes the *query* q, the second its *key* k. The
-query's encoder learns by gradient to pick its key among K others, the negatives: a cross-entropy
+query's encoder learns to tell its key from K others, the negatives; the loss, a cross-entropy, is
 called InfoNCE. The negatives wait in a *queue*, where each batch of N keys replaces the N oldest.
 Keys come from a slow copy of the encoder, a moving average of its weights. T is the temperature.
 
@@ -15,7 +15,7 @@ What differs from the papers (MoCo v1, arXiv:1911.05722; v2, arXiv:2003.04297):
  1. The stem fits 32x32 images: a 3x3 first convolution of stride 1, no max-pool.
  2. One GPU imitates eight: batch norm runs over `bn_splits` groups of the batch. Keys are shuffled
     between the groups (ShuffleBN), or the groups' statistics would give away which key is whose.
- 3. --symmetric adds the loss with the views exchanged; an epoch then takes about twice as long.
+ 3. Settings are those of the authors' CIFAR-10 demo: K is 4096, not 65536; m 0.99, not 0.999.
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
 The loss doesn't measure progress: old keys are easy while the encoders move fast, so it can rise in
 a short run. Guessing gives ln(1 + K), 8.32 for K = 4096. Watch the k-NN accuracy.
@@ -45,7 +45,7 @@ METHOD = "moco"
 @dataclasses.dataclass
 class Config:
     # -- data
-    data: str = "cifar10"  # or cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
+    data: str = "cifar10"  # cifar10, cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
     data_dir: str = "data"  # folder for downloads and caches
     image_size: int = 32  # pixels; images of another size are resized
     limit: int = 0  # train on this many images, equally many per class; 0: all
@@ -60,18 +60,18 @@ class Config:
     blur: float = 0.0  # probability of a Gaussian blur ("aug+" of MoCo v2: 0.5)
     # -- model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
-    width: int = 64  # channels of its first stage; of vit-tiny: of each of its 3 heads
+    width: int = 64  # channels of the first stage; for vit-tiny, size of each of the 3 heads
     head: Literal["linear", "mlp"] = "linear"  # v1: one layer; v2: two, with a ReLU between
     head_hidden: int = 2048  # hidden units of the mlp head (MoCo v2, sec. 3)
     dim: int = 128  # C, the size of queries and keys
     # -- method
-    mechanism: Literal["moco", "memory-bank", "end-to-end"] = "moco"  # where keys are from (Fig. 2)
+    mechanism: Literal["moco", "memory-bank", "end-to-end"] = "moco"  # source of the keys (Fig. 2)
     queue_size: int = 4096  # K, the number of negative keys; need not be a multiple of the batch
     key_momentum: float = 0.99  # m of the moving average (Eq. 2); 0.999 in the paper, on ImageNet
     temperature: float = 0.1  # T of the softmax (Eq. 1)
     bn_splits: int = 8  # batch-norm groups per batch, one per imitated GPU; 1: ordinary batch norm
     shuffle: bool = True  # shuffle keys between the groups (ShuffleBN, sec. 3.3)
-    symmetric: bool = False  # add the loss with the two views exchanged
+    symmetric: bool = False  # add the loss with the views exchanged: twice the time and gradient
     # -- optimisation
     epochs: int = 200  # passes over the training images
     batch_size: int = 512  # N, images per step over all devices; change lr in proportion
@@ -95,24 +95,24 @@ class Config:
 RECIPES = {
     "demo": {},  # the defaults: the official CIFAR-10 demo of MoCo
     "cpu": dict(width=16, epochs=70, batch_size=256, crop_scale=(0.2, 1.0)),  # two hours
-    # "Fine-tuning Momentum Contrast on Image Classification"; 0.015 is taken as a cosine's start
+    # "Fine-tuning Momentum Contrast on Image Classification" states no schedule; cosine is ours
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6, key_momentum=0.99),
-    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # MoCo v2, sec. 3;
-    "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),  # the rest is demo's
+    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # otherwise demo's
+    "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),  # likewise (v2, sec. 3)
 }
 
 
 # %% Augmentation: what the features should ignore
-def augment(images, recipe):
+def augment(images, config):
     """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised. Each
-    operation (plumbing, below) draws random numbers of its own for every image. recipe: a Config
+    operation (plumbing, below) draws its own random numbers for each image.
     """
-    x = random_resized_crop(images / 255, recipe.crop_scale)
-    x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
-    x = sometimes(recipe.gray, grayscale, x)
-    x = sometimes(recipe.blur, gaussian_blur, x)
-    return normalise(x, recipe)
+    x = random_resized_crop(images / 255, config.crop_scale)
+    x = sometimes(config.flip, horizontal_flip, x)
+    x = sometimes(0.8, lambda x: color_jitter(x, config.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
+    x = sometimes(config.gray, grayscale, x)
+    x = sometimes(config.blur, gaussian_blur, x)
+    return normalise(x, config)
 
 
 # %% Model
@@ -128,7 +128,7 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
     block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock
     net = nn.Sequential()  # runs its layers in the order in which they are assigned
-    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # ImageNet: 7x7, stride 2, max-pool
     net.bn1, net.relu, net.dim = norm_layer(width), nn.ReLU(inplace=True), width
     for i, depth in enumerate(depths):
         stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
@@ -160,7 +160,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         settings = True, self.momentum, self.eps
         state = self.running_mean, self.running_var, self.weight, self.bias
         state = [vector.repeat(self.splits, 1) for vector in state]  # (S, C) each: a row per group
-        if not torch.compiler.is_compiling():  # fewer copies; compiled, 4 times as many kernels
+        if not torch.compiler.is_compiling():  # copies less, but would compile to 4x the kernels
             groups = zip(x.chunk(self.splits), *state)  # batch_norm updates the means and variances
             x = torch.cat([F.batch_norm(*group, *settings) for group in groups])
         else:  # one batch norm, in which each group has channels of its own
@@ -177,10 +177,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
 # %% The method
 def info_nce(q, k, queue, temperature):
     """Eq. 1: tell k from the keys in the queue; q, k (N, C), queue (K, C), unit rows -> scalar"""
-    with torch.autocast(q.device.type, enabled=False):  # bf16 is too coarse for a softmax
+    with torch.autocast(q.device.type, enabled=False):  # bf16 is too coarse for logits
         l_pos = (q * k).sum(1, keepdim=True)  # (N, 1)
         l_neg = q @ queue.T  # (N, K)
-        logits = torch.cat([l_pos, l_neg], dim=1) / temperature  # (N, 1+K), column 0 is right
+        logits = torch.cat([l_pos, l_neg], dim=1) / temperature  # (N, 1+K), positive: column 0
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
@@ -203,15 +203,15 @@ class Queue(nn.Module):
 
 @torch.no_grad()
 def momentum_update(encoder_q, encoder_k, m):
-    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; not for batch-norm statistics"""
+    """Eq. 2 of MoCo: theta_k <- m theta_k + (1 - m) theta_q; running statistics stay its own"""
     torch._foreach_lerp_(list(encoder_k.parameters()), list(encoder_q.parameters()), 1 - m)
 
 
 class MoCo(nn.Module):
     """Algorithm 1. Both encoders are a backbone and a head; encoder_k starts as a copy.
 
-    Of several processes each has some rows of the batch: gather() returns the rows of all, shard()
-    its own (plumbing, below); with one process, what they are given. unit() scales to length 1.
+    With several processes, each holds some rows of the batch: gather() returns all, shard() its own
+    (plumbing, below); with one process, both return their input. unit() scales rows to length 1.
     """
 
     def __init__(self, config, n_images):
@@ -225,7 +225,7 @@ class MoCo(nn.Module):
         self.encoder_q = nn.Sequential(backbone, nn.Sequential(*head))
         if config.mechanism == "moco":
             self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        bank = config.mechanism == "memory-bank"  # which keeps a key for every image
+        bank = config.mechanism == "memory-bank"  # one key for every training image
         self.queue = Queue(n_images if bank else config.queue_size, config.dim)
 
     def encode_shuffled(self, encoder, images):
@@ -244,7 +244,7 @@ class MoCo(nn.Module):
         return info_nce(q, k, self.queue.keys, self.config.temperature), k
 
     def forward(self, im_q, im_k, rows):
-        """Two views (N, 3, H, W) of the images with these rows -> loss, keys for the queue"""
+        """Two views (N, 3, H, W) of training images with indices `rows` -> loss, keys to enqueue"""
         if self.config.mechanism != "moco":
             return MECHANISMS[self.config.mechanism](self, im_q, im_k, rows)
         loss, keys = self.contrast(im_q, im_k)
@@ -263,21 +263,21 @@ def learning_rate(config, epoch):
 
 
 def train(config, run):
-    """The algorithm. `run` (plumbing, below) brings images, resumes, measures, logs and saves."""
+    """The algorithm. `run` (plumbing, below) supplies images, resumes, measures, logs and saves."""
     model = MoCo(config, len(run.images))
     sgd = dict(momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), config.lr, **sgd)
     negatives = config.batch_size - 1 if config.mechanism == "end-to-end" else config.queue_size
     chance = (1 + config.symmetric) * math.log(1 + negatives)  # the loss of guessing
-    optimizer = run.start(model, model.encoder_q, optimizer, chance)
+    optimizer = run.start(model, model.encoder_q, optimizer, chance)  # step() also unscales fp16
     view = run.compiled(augment)  # augment itself, unless --compile
     for epoch, images in run.batches():  # images (N, 3, H, W) uint8, on the device
         optimizer.param_groups[0]["lr"] = learning_rate(config, epoch)
         im_q, im_k = view(images, config), view(images, config)  # on the device, without workers
-        if config.mechanism == "moco":
+        if config.mechanism == "moco":  # Algorithm 1 updates at the end of a step: the same keys
             momentum_update(model.encoder_q, model.encoder_k, config.key_momentum)
         with run.autocast():  # bf16 or fp16 where that is fast
-            loss, keys = model(im_q, im_k, run.rows)  # rows: where the images are among all
+            loss, keys = model(im_q, im_k, run.rows)  # run.rows: indices of these training images
         loss = run.record(loss)  # for the log; fp16 also scales it, or small gradients would vanish
         loss.backward()
         optimizer.step()
@@ -285,14 +285,14 @@ def train(config, run):
         if config.mechanism == "memory-bank":
             model.queue.keys[run.rows] = keys
         else:
-            model.queue.enqueue(keys)  # only now: no query meets its own key among the negatives
+            model.queue.enqueue(keys)  # only now, or a query would meet its own key as a negative
 
 
 # ---- variants: the two mechanisms that MoCo is compared with (Figure 2); the lesson ends here ----
 def memory_bank(model, im_q, im_k, rows):
-    """Figure 2b (Wu et al. 2018, but for their momentum): an image's key is the vector it had when
-    last seen, the negatives are those of random images. No second encoder, but the keys are old:
-    a query's own by an epoch on average, the others by more than half of one.
+    """Figure 2b (Wu et al. 2018, but with InfoNCE and no momentum on the keys): an image's key is
+    its vector when last seen, the negatives are those of random images. No second encoder, but the
+    keys are stale: a query's own is an epoch old on average, the others more than half an epoch.
     """
     bank, config = model.queue.keys, model.config  # (images, C)
     q = gather(unit(model.encoder_q(im_q)))  # (N, C)

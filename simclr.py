@@ -1,10 +1,10 @@
 """SimCLR on CIFAR-10: two views of an image agree, and differ from all others in the batch.
 
-Two random views of each of N images pass one encoder and a small head, the *projector*: 2N vectors
-of length 1. For every view, the loss (NT-Xent: a cross-entropy of cosines divided by a temperature
-T) asks which of the other 2N - 1 is the second view of its image. There is no queue and no second
-encoder: the negatives are the rest of the batch, so it should be large. After pretraining the
-projector is thrown away.
+Two random views of each of N images go through one encoder and a small head, the *projector*: 2N
+vectors of length 1. For every view, the loss (NT-Xent: a cross-entropy of cosines divided by a
+temperature T) asks which of the other 2N - 1 is the second view of its image. There is no queue and
+no second encoder: the negatives are the rest of the batch, so it should be large. After pretraining
+the projector is thrown away.
 
     image --augment--> view_1 --encoder--> h_1 --projector--> z_1 --.   of z_i . z_j / T over all j
        |                                    |                       +-> but i itself, the largest
@@ -45,7 +45,7 @@ METHOD = "simclr"
 @dataclasses.dataclass
 class Config:
     # -- data
-    data: str = "cifar10"  # or cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
+    data: str = "cifar10"  # cifar10, cifar100, svhn, stl10, a folder train/<class>/*, an .npz file
     data_dir: str = "data"  # folder for downloads and caches
     image_size: int = 32  # pixels; images of another size are resized
     limit: int = 0  # train on this many images, equally many per class; 0: all
@@ -53,7 +53,7 @@ class Config:
     mean: tuple = (0.4914, 0.4822, 0.4465)  # per-channel mean of the pixels in [0, 1]: CIFAR-10's
     std: tuple = (0.2470, 0.2435, 0.2616)  # per-channel standard deviation
     # -- augmentation
-    augment: str = "crop,flip,color,gray,blur"  # the ones to use; blur also needs --blur 0.5
+    augment: str = "crop,flip,color,gray,blur"  # augmentations to use; blur needs --blur 0.5 too
     crop_scale: tuple = (0.2, 1.0)  # range of a random crop's area, as a share of the image's
     flip: float = 0.5  # probability of a horizontal flip
     jitter: tuple = (0.4, 0.4, 0.4, 0.1)  # strength in brightness, contrast, saturation, hue
@@ -61,9 +61,9 @@ class Config:
     blur: float = 0.0  # probability of a Gaussian blur
     # -- model
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet8", "vit-tiny"] = "resnet18"  # encoder
-    width: int = 64  # channels of its first stage; of vit-tiny: of each of its 3 heads
+    width: int = 64  # channels of the first stage; for vit-tiny, size of each of the 3 heads
     head: Literal["linear", "mlp"] = "mlp"  # the projector: one layer or two (sec. 4.2)
-    head_hidden: int = 1024  # units of its hidden layer
+    head_hidden: int = 1024  # hidden units of the mlp projector
     dim: int = 128  # C, the size of the vectors that are compared
     # -- method
     temperature: float = 0.5  # of the softmax (Eq. 1)
@@ -75,7 +75,7 @@ class Config:
     sgd_momentum: float = 0.9  # of SGD and LARS
     weight_decay: float = 5e-4  # on all parameters; LARS leaves out biases and batch norm
     warmup_epochs: float = 0.0  # linear warm-up, in epochs
-    warmup_start: float = 0.0  # learning rate at its start, as a share of the peak
+    warmup_start: float = 0.0  # learning rate when the warm-up begins, as a share of the peak
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     # -- run
     out: str = "runs/simclr"  # the run's folder
@@ -97,22 +97,22 @@ RECIPES = {
     # "Contrastive Self-Supervised Image Classification using SimCLR"; its batch was about 200
     "report": dict(arch="resnet50", head="linear", dim=1024, epochs=50, batch_size=200)
     | dict(optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="constant", **VIEWS),
-    # the paper's optimizer and rate, 0.3 for every 256 images (sec. 2.3), and views (appendix B.9)
+    # the paper's LARS and lr: 0.3 per 256 images (sec. 2.3); on CIFAR-10 B.9 tries 0.5, 1 and 1.5
     "paper": dict(optimizer="lars", lr=0.6, weight_decay=1e-6, warmup_epochs=10.0) | VIEWS,
 }
 
 
 # %% Augmentation: what the features should ignore
-def augment(images, recipe):
+def augment(images, config):
     """One random view of each image: (N, 3, H, W) uint8 -> (N, 3, H, W) float32, normalised. Each
-    operation (plumbing, below) draws random numbers of its own for every image. recipe: a Config
+    operation (plumbing, below) draws its own random numbers for each image.
     """
-    x = random_resized_crop(images / 255, recipe.crop_scale)
-    x = sometimes(recipe.flip, horizontal_flip, x)
-    x = sometimes(0.8, lambda x: color_jitter(x, recipe.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
-    x = sometimes(recipe.gray, grayscale, x)
-    x = sometimes(recipe.blur, gaussian_blur, x)
-    return normalise(x, recipe)
+    x = random_resized_crop(images / 255, config.crop_scale)
+    x = sometimes(config.flip, horizontal_flip, x)
+    x = sometimes(0.8, lambda x: color_jitter(x, config.jitter), x)  # 0.8: SimCLR, app. A; MoCo v2
+    x = sometimes(config.gray, grayscale, x)
+    x = sometimes(config.blur, gaussian_blur, x)
+    return normalise(x, config)
 
 
 def composition(config):
@@ -149,7 +149,7 @@ def build_encoder(arch, width=64, norm_layer=nn.BatchNorm2d):
     depths = {"resnet8": (1, 1, 1), "resnet18": (2, 2, 2, 2)}.get(arch, (3, 4, 6, 3))
     block = resnet.Bottleneck if arch == "resnet50" else resnet.BasicBlock
     net = nn.Sequential()  # runs its layers in the order in which they are assigned
-    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # for ImageNet: 7x7, and a max-pool
+    net.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)  # ImageNet: 7x7, stride 2, max-pool
     net.bn1, net.relu, net.dim = norm_layer(width), nn.ReLU(inplace=True), width
     for i, depth in enumerate(depths):
         stage, planes, stride = nn.Sequential(), width * 2**i, 1 if i == 0 else 2
@@ -179,7 +179,7 @@ def build_projector(dim, config):
 # %% The method
 def nt_xent(z1, z2, temperature):
     """Eq. 1, mean over the 2N views; z1[i] and z2[i] are of one image: (N, C) twice -> scalar"""
-    with torch.autocast(z1.device.type, enabled=False):  # bf16 is too coarse for a softmax
+    with torch.autocast(z1.device.type, enabled=False):  # bf16 is too coarse for logits
         z = unit(torch.cat([z1, z2]))  # (2N, C), rows scaled to length 1
         logits = z @ z.T / temperature  # (2N, 2N)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -190,13 +190,13 @@ def nt_xent(z1, z2, temperature):
 
 # %% Training
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum, its steps in proportion to the weights (You et al., arXiv:1708.03888):
+    """SGD with momentum, each layer's step in proportion to |w| (You et al., arXiv:1708.03888):
 
         v <- momentum v + lr r (grad + decay w),   r = trust |w| / (|grad| + decay |w|)
         w <- w - v
 
     Vectors (biases, batch norm) have r = 1 and no decay; r is also 1 where w or grad is 0.
-    Each torch._foreach_ function treats all tensors of a list in one call, however many they are.
+    torch._foreach_ functions take whole lists: a few kernel launches instead of some per tensor.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -233,7 +233,7 @@ def build_optimizer(config, parameters):
 
 
 def warmup_cosine(config, epoch):
-    """The learning rate at a time in epochs: linear warm-up, then half a cosine (or constant)"""
+    """Learning rate at a fractional epoch: linear warm-up, then half a cosine (or constant)"""
     if epoch < config.warmup_epochs:
         start = config.warmup_start
         return config.lr * (start + (1 - start) * epoch / config.warmup_epochs)
@@ -244,13 +244,13 @@ def warmup_cosine(config, epoch):
 
 
 def train(config, run):
-    """Algorithm 1. `run` (plumbing, below) brings images, resumes, measures, logs and saves."""
+    """Algorithm 1. `run` (plumbing, below) supplies images, resumes, measures, logs and saves."""
     run.recipe = composition(config)
     encoder = build_encoder(config.arch, config.width)
     model = nn.Sequential(encoder, build_projector(encoder.dim, config))
     optimizer = build_optimizer(config, model.parameters())
     chance = math.log(2 * config.batch_size - 1)  # the loss of guessing
-    optimizer = run.start(model, model, optimizer, chance)
+    optimizer = run.start(model, model, optimizer, chance)  # step() also unscales fp16
     view = run.compiled(augment)  # augment itself, unless --compile
     for _, images in run.batches():  # images (N, 3, H, W) uint8, on the device
         optimizer.param_groups[0]["lr"] = warmup_cosine(config, run.step / run.steps)
