@@ -21,6 +21,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -183,7 +184,7 @@ def show(values):
 
 def machine_of(result):
     machine = result["machine"]
-    name = machine.get("name") or machine["device"]
+    name = re.sub(r"^cpu |\(R\)| Processor", "", machine.get("name") or machine["device"])
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     return f"{name}, {threads}, {machine['precision'].removeprefix('torch.')}"
 
