@@ -84,10 +84,10 @@ figures/%/table.md: runs/%/linear.pt runs/%/random/linear.pt runs/%/knn.jsonl
 figures: $(patsubst runs/%/pretrain.pt,figures/%/table.md,$(wildcard runs/*/pretrain.pt))  ## of all finished runs
 
 # The demo is the same chain with a small encoder on synthetic images: minutes on a laptop
-DEMO := --data data/shapes.npz --arch resnet8 --width 16 --batch-size 128 --lr 0.12 --crop-scale 0.5,1 --knn-every 2
-demo_moco := moco_cifar.py $(DEMO) --epochs 16 --bn-splits 1 --queue-size 1024
-demo_simclr := simclr.py $(DEMO) --epochs 12
-demo_fast-moco := fast_moco.py $(DEMO) --epochs 12 --head-hidden 256 --dim 128 --predictor-hidden 64
+DEMO := --data data/shapes.npz --arch resnet8 --width 16 --batch-size 128 --crop-scale 0.5,1 --knn-every 2
+demo_moco := moco_cifar.py $(DEMO) --lr 0.03 --epochs 16 --bn-splits 1 --queue-size 1024
+demo_simclr := simclr.py $(DEMO) --lr 0.12 --epochs 12
+demo_fast-moco := fast_moco.py $(DEMO) --lr 0.12 --epochs 12 --head-hidden 256 --dim 128 --predictor-hidden 64
 
 demo: figures/demo-$(METHOD)-seed$(SEED)/table.md  ## the whole chain on synthetic shapes: no data to download, minutes on a CPU
 

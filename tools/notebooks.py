@@ -15,11 +15,11 @@ import re
 import sys
 from pathlib import Path
 
-MOCO = "moco", "--queue-size 1024 --bn-splits 1"
+MOCO = "moco", "--lr 0.03 --queue-size 1024 --bn-splits 1"
 RUNS = {  # script -> the name of its run's folder, and more flags of the small run
     "moco_cifar": MOCO,
-    "simclr": ("simclr", "--warmup-epochs 1"),
-    "fast_moco": ("fast-moco", "--head-hidden 256 --dim 128 --predictor-hidden 64"),
+    "simclr": ("simclr", "--lr 0.12 --warmup-epochs 1"),
+    "fast_moco": ("fast-moco", "--lr 0.12 --head-hidden 256 --dim 128 --predictor-hidden 64"),
     "linear_eval": MOCO,
     "knn_monitor": MOCO,
     "plots": MOCO,
@@ -52,7 +52,7 @@ another cell: `%run SCRIPT.py FLAGS_OF_RUN`. (An error in `%run` doesn't stop *R
 SIZE = "small"  # @param ["small", "shapes", "full"]
 FOLDER = "runs"  # @param {type: "string"}
 
-NARROW = "--arch resnet8 --width 16 --batch-size 128 --lr 0.12 --knn-every 2"
+NARROW = "--arch resnet8 --width 16 --batch-size 128 --knn-every 2"
 NARROW += " OWN"
 FLAGS = {
     # 5,000 images of CIFAR-10 and a narrow ResNet-8: enough to see that it learns
