@@ -157,10 +157,10 @@ def measure_knn(path, checkpoint, config):
     vote = bank, y_bank.to(device), len(about["classes"]), config.k, config.temperature
     scores = torch.cat([knn_predict(part, *vote) for part in h.split(1000)])  # (N, M) is too large
     correct = int((scores.argmax(1).cpu() == y).sum())
-
     what, epoch, seed = config.baseline, 0, config.seed
+    of = checkpoint.get("pretrain", checkpoint)  # a probe has epochs of its own
     if what == "none":
-        what, epoch, seed = checkpoint["method"], checkpoint["epoch"], checkpoint["machine"]["seed"]
+        what, epoch, seed = checkpoint["method"], of["epoch"], checkpoint["machine"]["seed"]
     features = "pixels" if what == "pixels" else config.features
     row = dict(what=what, checkpoint=str(path), epoch=epoch, features=features)
     row |= dict(k=config.k, temperature=config.temperature, top1=correct / len(y), correct=correct)
@@ -421,9 +421,9 @@ SAME = "what checkpoint epoch features k temperature data_sha256 seed".split()
 
 
 def record(path, row):
-    """Add a row to knn.jsonl, instead of an older one of the same measurement."""
+    """Add a row to knn.jsonl, instead of an older one of the same measurement and torn lines."""
     row = row | {"checkpoint": os.path.relpath(row["checkpoint"], path.parent)}
-    rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+    rows = map(json.loads, re.findall("^{.*}$", path.read_text() if path.exists() else "", re.M))
     rows = [old for old in rows if any(old.get(name) != row[name] for name in SAME)]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in (*rows, row)).encode())
 

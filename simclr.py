@@ -701,8 +701,9 @@ def seed_of(*numbers):
 # %% A run: its folder, what is saved there, and how it resumes
 STATEFUL = "model", "optimizer", "scaler"
 MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
-OF_A_RUN = """*.tmp pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt linear.pt linear.jsonl
-    epoch*/linear.* knn.jsonl map*.npz neighbours.npz"""
+OF_A_RUN = """pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt knn.jsonl map*.npz neighbours.npz
+    linear.* epoch*/linear.* random*/linear.* random*/epoch*/linear.* supervised*/linear.*
+    probe-*/linear.* probe-*/epoch*/linear.* finetune*/linear.* finetune*/epoch*/linear.*"""
 
 
 class Run:
@@ -712,6 +713,7 @@ class Run:
 
     def __init__(self, config):
         self.config, self.out, self.recipe = config, Path(config.out), config
+        self.again = "run it again" + ", without --restart" * config.restart
         self.device, self.dtype = start_device(config)
         # stop glibc from returning freed memory to the system: 1.27 times as fast (docs/race.md)
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
@@ -792,7 +794,8 @@ class Run:
             print(f"warning: {self.out} can't be locked: start no second run there")
         lock.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
-        for pattern in OF_A_RUN.split() if self.config.restart else ["*.tmp"]:
+        restart = self.config.restart and not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        for pattern in ("*.[0-9]*.tmp", *OF_A_RUN.split() * restart):  # not if torchrun restarts
             for path in self.out.glob(pattern):
                 path.unlink()
         names = "pretrain.pt", "last.pt", "prev.pt"
@@ -873,8 +876,7 @@ class Run:
         images, labels = self.images[rows.to(self.device)], self.data.y_train[rows]
         recipe = dataclasses.replace(self.recipe, mean=(0, 0, 0), std=(1, 1, 1))
         views = [(255 * augment(images, recipe)).round().to(torch.uint8) for _ in range(2)]
-        models = dict(backbone=self.encoder, head=self.compared)
-        for name, model in models.items():
+        for name, model in dict(backbone=self.encoder, head=self.compared).items():
             a, b = (extract_features(model, view, self.config, self.autocast) for view in views)
             cosines[name] = (unit(a) @ unit(b).T).half()  # [i, j]: view 1 of i with view 2 of j
         n = max(1, min(32, 400_000 // images[0].numel()))  # at most 1.2 MB of pixels
@@ -883,7 +885,7 @@ class Run:
 
     def on_signal(self, number, frame):
         if self.signal:  # the second time
-            raise UserError("stopped at once; the same command resumes from the last save", 130)
+            raise UserError(f"stopped at once; to resume from the last save, {self.again}", 130)
         self.signal = number
         with contextlib.suppress(RuntimeError):  # raised if it interrupts another print
             if self.is_main:
@@ -892,8 +894,7 @@ class Run:
     def batches(self):
         """Yield epoch, images (N, 3, H, W) uint8 for all steps that are left; then pretrain.pt."""
         config, first, total = self.config, self.step, self.config.epochs * self.steps
-        hide = None if self.is_main else True  # None: where there is no terminal
-        self.bar = tqdm(total=total, initial=first, unit="step", disable=hide)
+        self.bar = tqdm(total=total, initial=first, unit="step", disable=not self.is_main or None)
         statistics = [b for name, b in self.model.named_buffers() if ".running_" in name]
         for epoch in range(first // self.steps, config.epochs):
             generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
@@ -938,7 +939,7 @@ class Run:
         if save or stop:
             self.save("last.pt")
         if stop:
-            raise UserError(f"stopped by signal {stop}, saved; to resume, run it again", 128 + stop)
+            raise UserError(f"stopped by signal {stop}, saved; to resume, {self.again}", 128 + stop)
 
     def finish_epoch(self, epoch):
         """Log it; measure the k-NN accuracy and keep a checkpoint when it is time."""
@@ -959,9 +960,9 @@ class Run:
             with contextlib.suppress(OSError):  # write() decides what a full disk means
                 self.log()
             text = f", {row['seconds'] / epoch * left / 60:.1f} min left" if left else ""
-            # in a notebook lines without an accuracy replace each other, or they would fill it
-            end = "  \r" if left and "knn_top1" not in row and NOTEBOOK else "\n"
+            end = "  \r" if left and "knn_top1" not in row and NOTEBOOK else "\n"  # overwrites it
             self.bar.write(f"{describe_epoch(row, config.epochs)}{text}", end=end)
+            sys.stdout.flush()  # for those who follow a log file
             self.warn()
         if config.keep_every and epoch % config.keep_every == 0 and left:
             self.save(f"epoch{epoch:04d}.pt")
@@ -1054,8 +1055,7 @@ def check_config(config):
 def main(argv=None):
     """Pretrain as the command line says -> exit code"""
     try:
-        config = parse_config(argv)
-        train(config, Run(config))
+        train(config := parse_config(argv), Run(config))
         return 0
     except (UserError, OSError) as error:
         message, code = error, getattr(error, "code", 2)

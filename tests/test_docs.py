@@ -8,11 +8,15 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+from ablations import ABLATIONS  # noqa: E402
+
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
 LINE_LINK = re.compile(r'\(([\w./-]+)#L\d+ "([^"]+)"\)')  # its title is a part of the line
@@ -89,6 +93,8 @@ def test_command(name, command):
         make = ["make", "-n", *words]
         process = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert process.returncode == 0, process.stderr
+        compared = re.findall(r"ablate-([a-z\d-]+)", command)  # make takes any name
+        assert {*compared} <= ABLATIONS.keys()
         return
     place = [word.endswith(".py") for word in words].index(True)
     script, flags = words[place], words[place + 1 :]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import matplotlib
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -122,7 +123,7 @@ def test_result_of_a_run(pretrained):
 def row(seed, correct, method="moco", **more):
     machine = {"device": "cpu x", "precision": "torch.float32", "threads": 2, "seconds": 60}
     machine |= {"started": "2026-01-01T00:00:00Z", "commit": "abcdef0123"}
-    data = {"name": "A", "n_train": 5000, "classes": 10}
+    data = {"name": "CIFAR-10", "n_train": 5000, "classes": 10}
     config = {"arch": "resnet8", "width": 16, "epochs": 2, "seed": seed}
     knn = [{"what": method, "correct": correct, "n_test": 1000, "epoch": 2}]
     made = dict(method=method, data=data, config=config, machine=machine, knn=knn, history=[])
@@ -131,6 +132,42 @@ def row(seed, correct, method="moco", **more):
 
 def rows(table):
     return [line for line in table.splitlines()[2:] if line.startswith("|")]
+
+
+def test_a_probe_of_something_else_is_not_published_as_the_runs(pretrained, tmp_path, capsys):
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    own = torch.load(run / "pretrain.pt", weights_only=True)
+    how = dict(mode="probe", init="pretrained", labels=1.0)
+    linear = dict(config=how, data=own["data"], machine={}, result={"correct": {}})
+    linear |= dict(pretrain={key: own[key] for key in ("epoch", "config")})
+    others = [
+        dict(pretrain=linear["pretrain"] | {"epoch": 1}),
+        dict(pretrain=linear["pretrain"] | {"config": {}}),
+        dict(data=own["data"] | {"sha256": "other"}),
+        dict(config=how | {"mode": "finetune"}),
+        dict(config=how | {"labels": 0.1}),
+    ]
+    for other in ({}, *others):
+        torch.save(linear | other, run / "linear.pt")
+        assert ("probe" in results.collect(run, "x")) == (not other)
+        assert ("left out" in capsys.readouterr().out) == bool(other)
+    (run / "epoch0002").mkdir()
+    torch.save(linear, run / "epoch0002/linear.pt")
+    (run / "pretrain.pt").rename(run / "epoch0002.pt")
+    assert "probe" in results.collect(run / "epoch0002.pt", "x")
+
+
+def test_other_images_are_no_cifar10():
+    """Their command names them, and they are in none of the tables of CIFAR-10."""
+    own, other = (
+        row(0, 1000 * top1, history=[dict(epoch=2, loss=1.0, knn_top1=top1, seconds=60)])
+        for top1 in (0.6, 0.9)
+    )
+    for run, name in ((own, "CIFAR-10"), (other, "CIFAR-100")):
+        run["data"] |= {"name": name, "n_train": 50_000}
+    assert "moco_cifar.py --data cifar100 " in results.command_of([other])
+    for table in (results.table_of_best, results.table_of_race):
+        assert "60.0" in table([own, other]) and "90.0" not in table([own, other])
 
 
 def test_a_run_can_be_published_up_to_a_checkpoint(pretrained):
@@ -252,7 +289,7 @@ def test_a_number_of_another_epoch_of_other_images_or_of_another_k_is_not_the_ru
 
 
 def test_the_best_rows_are_the_best_on_real_images_then_on_synthetic_ones():
-    def other(correct, name="A", **more):
+    def other(correct, name="CIFAR-10", **more):
         run = row(0, correct, **more)
         run["data"] = run["data"] | {"name": name}
         run["config"] = run["config"] | {"epochs": correct}
@@ -322,7 +359,7 @@ def test_a_picture_of_many_runs_stays_readable():
     shapes = trained(0, 0.4, 1)
     shapes["data"] |= {"name": "synthetic shapes"}
     copy = trained(0, 0.9, 1)
-    copy["data"] |= {"name": "A (JPEG-compressed copy)"}
+    copy["data"] |= {"name": "CIFAR-10 (JPEG-compressed copy)"}
     stale = trained(0, 0.9, 1, 99, stale=True)
     panels = results.panels_of_data([*runs, few, shapes, copy, stale], "minutes")
     assert [len(groups) for groups in panels.values()] == [6, 1]

@@ -258,13 +258,48 @@ def test_no_state_can_be_read(flags, interrupted, refused):
     refused(moco_cifar.main, [*flags, "--out", out], "--restart")
     assert (out / "last.pt").exists()
     of_it = "linear.pt", "linear.jsonl", "knn.jsonl", "map-random.npz", "epoch0002/linear.pt"
-    others = "mine.pt", "mine.npz", "mine/linear.pt"
+    of_it += "random/linear.pt", "supervised-0.1/linear.jsonl", "finetune-0.1/linear.pt"
+    of_it += "probe-0.1/epoch0002/linear.pt", "last.pt.1234.tmp"
+    others = "mine.pt", "mine.npz", "mine/linear.pt", "mine.tmp"
     for name in (*of_it, *others):
-        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).parent.mkdir(exist_ok=True, parents=True)
         (out / name).touch()
     assert moco_cifar.main([*flags, "--out", str(out), "--restart"]) == 0
     left = {name for name in (*of_it, *others) if (out / name).exists()}
     assert left == set(others)  # what was measured of the encoder that is gone has gone too
+
+
+@pytest.mark.parametrize("more", [[], ["--restart"]])
+def test_the_advice_after_a_stop_does_not_start_over(flags, tmp_path, capsys, more):
+    argv = [*flags, *more, "--out", str(tmp_path)]
+    with at_step(8, lambda run: run.on_signal(signal.SIGTERM, None)):
+        assert moco_cifar.main(argv) == 128 + signal.SIGTERM
+    advice = ", without --restart" if more else ""
+    assert capsys.readouterr().err.endswith(f"saved; to resume, run it again{advice}\n")
+
+
+@pytest.mark.parametrize("count, first", [("1", 8), ("0", 0)])
+def test_torchrun_repeats_a_command_and_resumes(
+    flags, interrupted, monkeypatch, capsys, count, first
+):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    assert moco_cifar.main([*flags, "--restart", "--out", str(interrupted)]) == 0
+    assert f"steps {first} to 18" in capsys.readouterr().out
+
+
+def test_a_log_file_shows_an_epoch_as_soon_as_it_ends(flags, tmp_path, monkeypatch):
+    """Lines for a file are kept back by default, until 8 KB have come together."""
+    seen = []
+
+    def look(run):
+        seen.append((tmp_path / "log").read_text())
+        throw(run)
+
+    with open(tmp_path / "log", "w") as log, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", log)
+        with at_step(7, look), pytest.raises(Crash):
+            moco_cifar.main([*flags, "--out", str(tmp_path / "run")])
+    assert "epoch 1/3: loss" in seen[0]
 
 
 def test_other_images_are_refused(common, flags, interrupted, tmp_path, refused):

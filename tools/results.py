@@ -73,6 +73,21 @@ def evaluation(linear):
     return linear["result"] | how
 
 
+def belongs(file, linear, checkpoint, whole=False):
+    """Is this evaluation of the checkpoint's images, and of its weights unless it began untrained?
+    whole: is it also a linear probe with all labels? If not, say so.
+    """
+    config, of = linear["config"], linear["pretrain"]
+    fits = linear["data"].get("sha256") == checkpoint["data"].get("sha256")
+    if config["mode"] != "supervised" and config["init"] == "pretrained":
+        fits &= all(of[key] == checkpoint[key] for key in ("epoch", "config"))
+    if whole:
+        fits &= (config["mode"], config["labels"]) == ("probe", 1)
+    if not fits:
+        print(f"note: {file} is of another epoch, run, kind or data, left out")
+    return fits
+
+
 def collect(run, data, minutes=True):
     """Everything worth keeping of a run's folder, or of a run up to a checkpoint -> a plain dict"""
     path, run = (run, run.parent) if run.suffix == ".pt" else (run / "pretrain.pt", run)
@@ -92,14 +107,17 @@ def collect(run, data, minutes=True):
         machine=checkpoint["machine"],
         evaluations={},  # with few labels, fine-tuned, supervised: one for each folder
     )
-    for name, path in (("probe", run / "linear.pt"), ("random_probe", run / "random/linear.pt")):
-        if linear := load(path):
+    probe = run / (path.stem if path.stem.startswith("epoch") else "") / "linear.pt"
+    for name, file in (("probe", probe), ("random_probe", run / "random/linear.pt")):
+        if (linear := load(file)) and belongs(file, linear, checkpoint, whole=True):
             result[name] = evaluation(linear)
-    for path in sorted(run.glob("*/linear.pt")):
-        if path.parent.name != "random" and not path.parent.name.startswith("epoch"):
-            along = plots.read_evaluation(path.parent).along
+    for file in sorted(run.glob("*/linear.pt")):
+        name, linear = file.parent.name, load(file)
+        other = name == "random" or name.startswith("epoch")
+        if not other and belongs(file, linear, checkpoint):
+            along = plots.read_evaluation(file.parent).along
             more = dict(along=along) if along else {}
-            result["evaluations"][path.parent.name] = evaluation(load(path)) | more
+            result["evaluations"][name] = evaluation(linear) | more
     result["knn"] = [without(row, ("checkpoint", "data")) for row in rows_of(run / "knn.jsonl")]
     result["history"] = checkpoint["history"]
     if not minutes:
@@ -139,8 +157,18 @@ def grouped(results, tuning=False):
     return sorted(groups.values(), key=place)
 
 
+def name_of_data(group):
+    """As it was published, but for a remark in brackets"""
+    return group[0]["data"]["name"].partition(" (")[0]
+
+
 def is_real(group):
-    return "shapes" not in group[0]["data"]["name"]
+    return "shapes" not in name_of_data(group)
+
+
+def is_cifar10(group):
+    """And not its JPEG-compressed copy?"""
+    return group[0]["data"]["name"] == "CIFAR-10"
 
 
 def by_protocol(row, run):
@@ -157,7 +185,8 @@ def knn(group, what=None):
         rows = [row for row in run["knn"] if row["what"] == (what or run["method"])]
         if rows := [row for row in rows if by_protocol(row, run)]:
             found.append(rows[-1]["correct"] / rows[-1]["n_test"])
-        elif not what and run["history"]:  # the run's own monitor
+        elif not what and run["history"] and run["config"].get("knn_k", 200) == 200:
+            # the run's own monitor
             found.append(run["history"][-1]["knn_top1"])
     return found
 
@@ -257,7 +286,9 @@ def flags_of(group):
 def command_of(group):
     """The command that repeats the first of the runs, with the scripts as they are now"""
     words = ["python", f"{SCRIPTS[group[0]['method']]}.py"]
-    words += ["--data", "data/shapes.npz"] * (not is_real(group))
+    files = {name: flag for flag, name in plots.DATASETS.items()}
+    file = files.get(name_of_data(group), "FILE.npz") if is_real(group) else "data/shapes.npz"
+    words += ["--data", file] * (file != "cifar10")
     return " ".join([*words, *flags_of(group).values(), f"--seed {group[0]['config']['seed']}"])
 
 
@@ -296,7 +327,7 @@ def table_of_race(results):
     """Minutes and PFLOP of the runs on all real images when k-NN was first seen at 60, 65, 70%"""
     rows = []
     for group in grouped(results):
-        full = is_real(group) and not is_copy(group) and group[0]["data"]["n_train"] == 50_000
+        full = is_cifar10(group) and group[0]["data"]["n_train"] == 50_000
         for goal in (60, 65, 70) if full else ():
             reached = [r for r in curve_of(group, "minutes") if 100 * r["knn_top1"] >= goal]
             if reached:  # k-NN is measured every few epochs
@@ -310,10 +341,11 @@ def table_of_race(results):
 
 
 def table_of_best(results):
-    """At most six rows: of each method the best run on real images, then on synthetic ones"""
+    """At most six rows: of each method the best run on CIFAR-10, then on synthetic images"""
     best = {}
     for group in sorted(grouped(results), key=lambda group: (not is_real(group), -mean_knn(group))):
-        if not is_copy(group) and not any(run.get("stale") for run in group):
+        shown = is_cifar10(group) or not is_real(group)
+        if shown and not any(run.get("stale") for run in group):
             best.setdefault((is_real(group), cells_of(group)["method"]), group)
     columns = ["", "method", "images", "encoder", "epochs", "k-NN %", "probe %"]
     columns += ["pixels k-NN %", "untrained k-NN %", "minutes"]
@@ -364,7 +396,7 @@ def demo_log(results):
     """{epoch: (k-NN in % on the head or None, loss)} of the run with the demo's settings that got
     furthest, stopped or not
     """
-    runs = [r for r in results if r.get("method") == "moco" and is_real([r])]
+    runs = [r for r in results if r.get("method") == "moco" and is_cifar10([r])]
     runs = [r for r in runs if not flags_of([r]) and not r["data"].get("holdout")]
     if not runs:
         return {}
