@@ -97,8 +97,8 @@ RECIPES = {
     "cpu": dict(width=16, epochs=70, batch_size=256, crop_scale=(0.2, 1.0)),  # two hours
     # "Fine-tuning Momentum Contrast on Image Classification" states no schedule; cosine is ours
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6, key_momentum=0.99),
-    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # otherwise demo's
-    "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),  # likewise (v2, sec. 3)
+    "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # both: MoCo v2, sec. 3
+    "v2": dict(head="mlp", temperature=0.2, blur=0.5, schedule="cosine"),  # otherwise demo's
 }
 
 
