@@ -64,22 +64,38 @@ def draw_pretraining(run):
 
 # %% The method as a diagram: the same picture for all, so that the difference stands out
 def draw_moco(run):
-    """A query, its positive key, and K negative keys in a queue (MoCo's Figure 1)"""
-    c, keys = run.settings, run.settings.batch_size * (1 + run.settings.symmetric)
+    """A query, its positive key and K negatives (MoCo's Figure 1; other mechanisms: Figure 2)"""
+    c, mechanism = run.settings, run.mechanism
     net = f"{c.arch}, width {c.width}\n{c.head} head to C = {c.dim}"
+    nets = f"encoder_q\n{net}", f"encoder_k\n{net}\nno gradient"
     vectors = f"q\n{c.batch_size} x {c.dim}", f"k\n{c.batch_size} x {c.dim}"
     update = f"momentum update\nm = {c.key_momentum:g}\neach step"
-    task = f"InfoNCE, T = {c.temperature:g}\nwhich of 1 + K keys is mine?"
-    nets = f"encoder_q\n{net}", f"encoder_k\n{net}\nno gradient"
-    figure, box, arrow, text = new_diagram(run, ("im_q", "im_k"), nets, vectors, update, task)
-    for i in range(8):  # the queue, newest keys on the left
-        box(10.9 + 0.27 * i, 0.7, 0.27, 1.4, "", GREEN, opacity=0.55 - 0.06 * i, square=True)
-    text(12, 0.4, f"queue: K = {c.queue_size} keys")
+    which, views = "1 + K", ("im_q", "im_k")
+    if mechanism == "end-to-end":
+        nets, update, which = (f"encoder\n{net}",) * 2, "the same\nweights", "N"
+    elif mechanism == "memory-bank":
+        nets, views = (f"encoder\n{net}",), views[:1]
+    task = f"InfoNCE, T = {c.temperature:g}\nwhich of {which} keys is mine?"
+    figure, box, arrow, text = new_diagram(run, views, nets, vectors, update, task)
     arrow((9.1, 5.0), (10.3, 5.0), "query", (9.7, 5.2))
+    arrow((12, 5.8), (5.7, 5.8), "gradient", (8.9, 6.2), BLUE, ":", 0.05)
+    if mechanism == "end-to-end":
+        arrow((9.1, 1.4), (12, 4.2), "N keys: its own\nand N - 1 negatives", (9.4, 3.2))
+        arrow((12.8, 4.2), (5.8, 0.6), "gradient", (12.4, 1.0), BLUE, ":", -0.45)
+        return figure
+    for i in range(8):  # the queue, newest keys on the left; a bank has one key for each image
+        opacity = 0.55 - 0.06 * i if mechanism == "moco" else 0.3
+        box(10.9 + 0.27 * i, 0.7, 0.27, 1.4, "", GREEN, opacity=opacity, square=True)
+    arrow((12.6, 2.2), (12.6, 4.2), "K negatives", (13.4, 3.2))
+    if mechanism == "memory-bank":
+        text(12, 0.4, f"memory bank: {run.data['n_train']} keys, one for each image")
+        arrow((11.4, 2.2), (11.4, 4.2), "its key:\npositive", (10.8, 3.2))
+        arrow((8.4, 4.4), (10.8, 1.4), "replaces\nits key", (9.0, 2.6))
+        return figure
+    keys = c.batch_size * (1 + c.symmetric)
+    text(12, 0.4, f"queue: K = {c.queue_size} keys")
     arrow((9.1, 1.4), (10.8, 1.4), f"{keys} in,\noldest out", (9.95, 0.95))
     arrow((8.9, 2.0), (10.8, 4.2), "its key:\npositive", (9.2, 3.2))
-    arrow((12, 2.2), (12, 4.2), "K negatives", (12.8, 3.2))
-    arrow((12, 5.8), (5.7, 5.8), "gradient", (8.9, 6.2), BLUE, ":", 0.05)
     return figure
 
 
@@ -173,14 +189,15 @@ def new_diagram(run, names, nets, vectors, update, task, grid=1):
                 patch = picture[small * i :, small * j :][:small, :small]
                 axes.imshow(patch, extent=(left, left + side, bottom, bottom + side))
         text(x + 0.7, y - 0.2 - 0.15 * name.count("\n"), name)
-    second = ((RED, "--"), (BLUE, "-"))[nets[0] == nets[1]]  # red if it is another network
+    second = ((RED, "--"), (BLUE, "-"))[nets[0] == nets[-1]]  # red if it is another network
     for y, net, vector, look in zip((4.3, 0.7), nets, vectors, ((BLUE, "-"), second)):
         arrow((1.6, 2.8 + 0.8 * (y > 1)), (2.5, y + 0.7), "augment", (1.4, y + 0.3 + (y < 1)))
         arrow((4.1, y + 0.7), (4.6, y + 0.7))
         box(4.65, y, 2.3, 1.4, net, *look)
         arrow((7.0, y + 0.7), (7.6, y + 0.7))
         box(7.65, y + 0.25, 1.4, 0.9, vector, *look)
-    arrow((5.8, 4.2), (5.8, 2.2), update, (6.75, 3.2), *second)
+    if nets[1:]:
+        arrow((5.8, 4.2), (5.8, 2.2), update, (6.75, 3.2), *second)
     chance = f"\nchance: {run.chance:.2f}" if run.chance else ""
     box(10.4, 4.3, 3.2, 1.4, task + chance, PURPLE)
     axes.set(xlim=(0, 15.9), ylim=(0, 6.4), aspect="equal")
@@ -269,7 +286,8 @@ def draw_neighbours(run):
 # %% The linear classifier
 def draw_probe(run):
     """Top-1, top-5 and test loss of the linear classifier (the MoCo report's Figures 3 to 5)"""
-    figure, n = new_figure(f"Linear evaluation: {run.title}", 9, 3.5), len(run.classes)
+    what, n = MODES[run.probe["config"].get("mode", "probe")], len(run.classes)
+    figure = new_figure(f"{what}: {run.title}", 9, 3.5)
     panels = {"top1": (100, 100 / n, "top-1 (%)"), "top5": (100, 500 / max(5, n), "top-5 (%)")}
     panels |= {"test_loss": (1, math.log(n), "loss (nats, log scale)")}
     for axes, (key, (scale, guess, text)) in zip(figure.subplots(1, 3), panels.items()):
@@ -400,8 +418,10 @@ import torch
 from matplotlib import patches, ticker
 from matplotlib.figure import Figure
 
-METHODS = {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
+METHODS = {"memory-bank": "Memory bank", "end-to-end": "End-to-end"}
+METHODS |= {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "stl10": "STL-10"}
+MODES = {"probe": "Linear evaluation", "finetune": "Fine-tuning", "supervised": "Supervised"}
 BASELINES = {"pixels": "raw pixels", "random": "untrained encoder"}
 NOTEBOOK = sys.argv[0].endswith("kernel_launcher.py")
 
@@ -420,7 +440,7 @@ class UserError(Exception):
 # %% Reading runs
 def read_run(path):
     """What is known of a run, from its folder or from one checkpoint"""
-    path = Path(path)
+    path = Path(path).parent if Path(path).name == "pretrain.pt" else Path(path)
     base = read_checkpoint(*(path / f"{name}.pt" for name in ("pretrain", "last", "prev")))
     found = {"": read_evaluation(path)} if path.is_dir() else {}
     for folder in sorted(file.parent for file in path.glob("*/linear.pt")):
@@ -439,6 +459,8 @@ def read_run(path):
             print(f"note: {path / name / 'linear.pt'} is of another epoch, run or data, skipped")
             e.saved, e.result, e.along = None, {}, e.along * same
     pretrain = base if base["kind"] == "pretrain" else base.get("pretrain") or {}
+    if base["method"] in ("random", "supervised"):  # its encoder was not pretrained
+        pretrain = {k: base[k] for k in ("epoch", "epochs") if base["method"] == "supervised"}
     run = SimpleNamespace(path=path, base=base, method=base["method"], data=base["data"])
     run.name = path.resolve().name if path.is_dir() else f"{path.resolve().parent.name}/{path.stem}"
     run.config, run.classes = pretrain.get("config") or base["config"], run.data["classes"]
@@ -455,18 +477,20 @@ def read_run(path):
     run.knn = [row for row in read_rows(path / "knn.jsonl") if row.get("data_sha256") in own]
     run.map, run.neighbours = (read_npz(path / f"{n}.npz", run) for n in ("map", "neighbours"))
     run.map_random = read_npz(path / "map-random.npz")
+    run.mechanism = run.config.get("mechanism", run.method)  # of MoCo; other methods have none
     whole = run.config.get("encode") == "whole" and FRAMEWORKS[run.config["framework"]]
-    run.label, data = whole or METHODS.get(run.method, run.method), Path(run.data["name"]).stem
+    run.label, data = whole or METHODS.get(run.mechanism, run.method), Path(run.data["name"]).stem
     run.which = "held-out training image" if run.data.get("holdout") else "test image"
     run.dataset, width = DATASETS.get(data, data), base["width"]
     run.shape = base["arch"].replace("resnet", "ResNet-") + f" of width {width}" * (width != 64)
     done = f"{run.epoch} of {run.epochs}" if run.epoch < run.epochs else f"{run.epoch}"
     run.done = f"{done} epoch{'s' * (run.epochs != 1)}"
-    run.title = f"{run.label} on {run.dataset} ({run.shape}, {run.done})"
     for e in run.evaluations.values():
         start = f"{run.label}, " if e.init == "pretrained" else "untrained, "
         kind = {"probe": f"{start}frozen", "finetune": f"{start}fine-tuned"}.get(e.mode, e.mode)
         e.title = f"{kind}, {100 * e.labels:g}% of the labels"
+    run.label = run.evaluations[""].title if base["kind"] == "linear" else run.label
+    run.title = f"{run.label} on {run.dataset} ({run.shape}, {run.done})"
     return run
 
 
@@ -573,7 +597,9 @@ def table_of(runs):
                 tops = [probe and probe["result"].get(f"top{k}") for k in (1, 3, 5)]
                 cells = percent(knn.get("top1")), knn.get("k", ""), *map(percent, tops)
                 rows.append([run.name, name, *cells])
-    return as_table(["run", "features", "k-NN", "k", "probe top-1", "top-3", "top-5"], rows, 2)
+    probes = all(run.probe["config"].get("mode", "probe") == "probe" for run in runs if run.probe)
+    head = ["run", "features", "k-NN", "k", "probe " * probes + "top-1", "top-3", "top-5"]
+    return as_table(head, rows, 2)
 
 
 # %% Drawing everything
@@ -611,7 +637,8 @@ def draw(config):
             if name in drawn:
                 save_figure(make(run), folder / name)
             else:
-                print(f"{run.name}: no {name}: {advice.format(path=run.path)}")
+                how = advice if run.path.is_dir() else "drawn only from a run's folder"
+                print(f"{run.name}: no {name}: {how.format(path=run.path)}")
         print(f"{folder}/ (.png and .pdf): {', '.join(drawn)}")
         if config.report:
             extra.write_report(run, drawn, folder)

@@ -225,6 +225,39 @@ def test_a_map_and_a_probe_of_another_epoch_are_not_drawn(finished, draw, light)
     assert draw(finished)[0] == ALL - {"map", "neighbours", "probe", "classes"}
 
 
+def test_a_checkpoint_file_is_drawn_like_its_folder_or_says_what_needs_one(finished, draw, light):
+    (finished / "pretrain.pt").rename(finished / "last.pt")
+    names, out = draw(finished / "last.pt")
+    assert names == {"pretraining", "diagram", "pairs"}
+    assert "last: no map: drawn only from a run's folder" in out
+    (finished / "last.pt").rename(finished / "pretrain.pt")
+    assert draw(finished / "pretrain.pt")[0] == ALL
+
+
+EVALUATIONS = [  # settings, the checkpoint's method, the title and the row of the table
+    (dict(mode="finetune", labels=0.1), "fast-moco", "Fine-tuning: MoCo v3, fine-tuned, 10% of"),
+    (dict(mode="supervised", init="random"), "supervised", "Supervised: supervised, 100% of"),
+    (dict(init="random"), "random", "Linear evaluation: untrained, frozen, 100% of"),
+    (dict(), "fast-moco", "Linear evaluation: MoCo v3, frozen, 100% of"),
+]
+
+
+@pytest.mark.parametrize("settings, method, title", EVALUATIONS)
+def test_an_evaluation_alone_says_what_it_is(settings, method, title, craft, draw, light):
+    run = craft(fast_moco, "a", encode="whole")
+    evaluated(run, "b", epochs=5, **settings)
+    change(run / "b", "linear.pt", method=method, epoch=5, epochs=5)
+    epochs = {"fast-moco": 200, "supervised": 5, "random": 0}[method]
+    shown = plots.read_run(run / "b")
+    figure = texts(plots.draw_probe(shown)).replace("\n", " ")
+    assert f"{title} the labels on CIFAR-10 (ResNet-18, {epochs} epochs)" in figure
+    names, out = draw(run / "b")
+    assert names >= {"probe", "classes"} and "pretraining" not in names
+    assert ("probe top-1" in out) == (settings.get("mode") is None)
+    row = f"{title.partition(': ')[2]} the labels, {epochs} epochs"
+    assert re.search(rf"{row} +\| +\| +\| +50.00%", out)
+
+
 @pytest.mark.parametrize("name", ["map.npz", "map-random.npz", "knn.jsonl"])
 def test_damaged_measurements_are_skipped_with_a_note(finished, draw, light, name):
     (finished / name).write_text('{"what": "mo')
@@ -369,6 +402,24 @@ def test_each_method_has_its_diagram_and_its_level(script, settings, craft):
     assert ("16 x 2 x 2" in shown) == ("grid" in settings)
     drawn = curves(plots.draw_pretraining(run).axes[0])
     assert "chance: 8.32" in drawn
+
+
+def test_the_mechanisms_that_moco_is_compared_with_have_their_own_diagrams(craft):
+    """MoCo, Figure 2. Their reports don't describe a queue either."""
+    said = {}
+    for mechanism in ("moco", "memory-bank", "end-to-end"):
+        run = plots.read_run(craft(moco_cifar, mechanism, mechanism=mechanism))
+        said[mechanism] = texts(run.diagram(run)), report.report(run, []), report.limits(run)
+        assert ("queue: K" in said[mechanism][0]) == (mechanism == "moco")
+        assert any("after [1]" in block for block in said[mechanism][1]) == (mechanism == "moco")
+        assert ("K = 4,096" in said[mechanism][2]) == (mechanism == "moco")
+    bank, end = said["memory-bank"], said["end-to-end"]
+    assert "memory bank: 5000 keys" in bank[0] and "im_k" not in bank[0]
+    assert "which of N keys" in end[0] and "no gradient" not in end[0]
+    assert bank[1][0].startswith("# Memory bank on") and end[1][0].startswith("# End-to-end on")
+    shown = ["\n".join(blocks) for _, blocks, _ in said.values()]
+    assert ["`queue_size`" in text or "| queue_size" in text for text in shown] == [1, 1, 0]
+    assert ["`key_momentum`" in text or "| key_momentum" in text for text in shown] == [1, 0, 0]
 
 
 # ---------------------------------------------------------------- several runs

@@ -223,16 +223,14 @@ def draw_ablation(config, runs):
 # %% Course reports
 AUGMENTATIONS = dict(crop=("crop_scale", 1), flip=("flip", 0), color=("jitter", 0))
 AUGMENTATIONS |= dict(gray=("gray", 0), blur=("blur", 0))  # SimCLR's --augment names those in use
-INACTIVE = {  # setting: when it has no effect
+INACTIVE = {  # settings: when they have no effect
     "head_hidden": lambda c: c.get("head") == "linear",
     "sgd_momentum": lambda c: c.get("optimizer", "sgd") != "sgd",
     "warmup_start": lambda c: not c.get("warmup_epochs"),
-    "limit": lambda c: not c["limit"],  # all images
-    "holdout": lambda c: not c["holdout"],
     "grid": lambda c: c["encode"] == "whole",
-    "parts_combined": lambda c: c["encode"] in ("whole", "divide", "sample"),
-    "combine_at": lambda c: c["encode"] in ("whole", "divide", "sample"),
-    "queue_size": lambda c: c.get("framework", "nnclr") != "nnclr",
+    "parts_combined combine_at": lambda c: c["encode"] in ("whole", "divide", "sample"),
+    "queue_size": lambda c: "end-to-end" in c.values() or c.get("framework", "nnclr") != "nnclr",
+    "key_momentum": lambda c: c.get("mechanism", "moco") != "moco",
 }
 
 
@@ -252,7 +250,9 @@ def settings_of(run):
     for name, (field, off) in AUGMENTATIONS.items():
         if isinstance(config.get("augment"), str) and name not in config["augment"].split(","):
             config[field] = off
-    off = [key for key, rule in INACTIVE.items() if key in config and rule(config)]
+    rules = [(key, rule) for keys, rule in INACTIVE.items() for key in keys.split()]
+    off = [key for key, rule in rules if key in config and rule(config)]
+    off += [key for key in ("limit", "holdout") if not config.get(key)]  # all images
     return {k: v for k, v in config.items() if k == "seed" or k not in (*off, *LOCAL)}
 
 
@@ -295,7 +295,7 @@ def conclusions(run):
 def limits(run):
     """What the numbers do not say: lines of Markdown"""
     n, images = run.data["n_test"], run.data["n_train"]
-    keys = run.config.get("queue_size", 0) if run.method == "moco" else 0
+    keys = run.config.get("queue_size", 0) if run.mechanism == "moco" else 0
     span = keys / images / (views := 1 + run.config.get("symmetric", False))  # in epochs
     own = views * (span - 0.5 if span > 1 else span**2 / 2)  # mean over an epoch without repeats
     missing = [f"k-NN on {name}" for what, name in plots.BASELINES.items() if not knn_of(run, what)]
@@ -340,7 +340,7 @@ def table_1(run):
 
 def report(run, drawn):
     """A report on a run: blocks of Markdown, with the figures that were drawn"""
-    said, order = DOCUMENTS.get(run.method, {}), [name for name in CAPTIONS if name in drawn]
+    said, order = DOCUMENTS.get(run.mechanism, {}), [name for name in CAPTIONS if name in drawn]
     if run.epochs == 20 and "20 epochs" in said:  # Fast-MoCo's ablations have other rates
         said = said | {k: said[k] | more for k, more in said["20 epochs"].items()}
     tables, machine = itertools.count(1), defaultdict(lambda: "?", run.base.get("machine") or {})
