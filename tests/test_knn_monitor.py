@@ -3,6 +3,7 @@ under way is followed, the figures' files hold what they say, and bad input is r
 """
 
 import copy
+import errno
 import functools
 import json
 import math
@@ -341,6 +342,14 @@ def test_too_little_memory_is_one_line(run, refused, monkeypatch, error):
 
     monkeypatch.setattr(knn_monitor, "embed", fail)
     refused(knn_monitor.main, [*FAST, run], "out of memory: set --limit")
+
+
+def test_a_full_disk_is_one_line(run, refused, monkeypatch):
+    def fail(path, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(knn_monitor, "write_atomic", fail)
+    refused(knn_monitor.main, [*FAST, run], "No space left on device", code=4)
 
 
 def test_older_checkpoints_name_their_data_as_the_flag_did(data, refused, tmp_path):

@@ -3,6 +3,7 @@ of the learning rate, fine-tuning, few labels, what it writes, and what it refus
 """
 
 import copy
+import errno
 import hashlib
 import json
 import math
@@ -1189,6 +1190,16 @@ def test_out_of_memory_is_one_line(pretrained, tmp_path, refused, monkeypatch, e
 
     monkeypatch.setattr(linear_eval, "train_linear", fail)
     refused(linear_eval.main, [pretrained, "--out", tmp_path, *SHORT], "--batch-size")
+
+
+def test_a_full_disk_is_one_line(pretrained, tmp_path, refused, monkeypatch):
+    def fail(path, *args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(linear_eval, "write_atomic", fail)
+    argv = [pretrained, "--out", tmp_path, *SHORT]
+    refused(linear_eval.main, argv, "No space left on device", code=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_error_with_memory_in_its_text_is_not_hidden(pretrained, tmp_path, monkeypatch):

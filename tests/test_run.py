@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,25 @@ def begun(flags, tmp_path_factory):
 def interrupted(begun, tmp_path):
     """The folder of a run that was interrupted after 8 of its 18 steps"""
     return shutil.copytree(begun, tmp_path / "run")
+
+
+def test_a_crash_loses_at_most_a_minute(flags, tmp_path, monkeypatch):
+    """With the default --save-seconds, on a clock that says that a step takes 7 s"""
+    clock, lost = [1000.0], []
+    names = {name: getattr(time, name) for name in ("sleep", "strftime", "gmtime")}
+    monkeypatch.setattr(moco_cifar, "time", SimpleNamespace(monotonic=lambda: clock[0], **names))
+    record = moco_cifar.Run.record
+
+    def slow(run, loss):
+        clock[0] += 7
+        state = torch.load(run.out / "last.pt", weights_only=True)
+        lost.append(7 * (run.step + 1 - state["train_state"]["step"]))
+        return record(run, loss)
+
+    monkeypatch.setattr(moco_cifar.Run, "record", slow)
+    flags = [*flags, "--save-seconds", str(moco_cifar.Config.save_seconds)]
+    assert moco_cifar.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert len(lost) == 18 and 56 <= max(lost) <= 60 + 7  # the check comes between steps
 
 
 # ---------------------------------------------------------------- kills
@@ -423,6 +443,18 @@ def test_full_disk_at_the_start(flags, tmp_path, monkeypatch, refused, waits):
     monkeypatch.setattr(moco_cifar, "write_atomic", full_disk(1000))
     refused(moco_cifar.main, [*flags, "--out", tmp_path / "run"], "last.pt can't be written")
     assert not waits
+
+
+def test_a_drive_that_cannot_be_locked(flags, tmp_path, monkeypatch, capsys, whole):
+    """Some network drives can't"""
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert moco_cifar.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    assert "run can't be locked: start no second run there" in capsys.readouterr().out
+    assert digest(tmp_path / "run/pretrain.pt") == whole
 
 
 def test_second_run_is_refused(flags, tmp_path, refused):  # R7
