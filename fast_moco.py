@@ -844,7 +844,7 @@ class Run:
         self.config, self.out, self.recipe = config, Path(config.out), config
         self.again = "run it again" + ", without --restart" * config.restart
         self.device, self.dtype = start_device(config)
-        # stop glibc from returning freed memory to the system: 1.27 times as fast (docs/race.md)
+        # stop glibc from returning freed memory to the system: 1.28 times as fast (docs/race.md)
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
                 ctypes.CDLL("libc.so.6").mallopt(*option)

@@ -8,10 +8,10 @@ eval mode, and is compared bit for bit afterwards: the accuracy is due to its fe
              computed once                                    ^ the only thing that learns
 
 No learning rate suits every encoder: larger features make larger gradients and need a smaller one.
-MoCo's own probe uses 30. That suits the synthetic shapes of `make demo`, but is too high for short
-runs on CIFAR-10: the logits (class scores) grow huge, and the test loss exceeds that of guessing,
-ln 10. So by default eight learning rates are tried on 90% of the training images, and the one that
-does best on the other 10% trains a new layer on all.
+MoCo's own probe uses 30. That is nearly best on the synthetic shapes of `make demo`, but too high
+for short runs on CIFAR-10: the logits (class scores) grow huge, and the test loss exceeds that of
+guessing, ln 10. So by default eight learning rates are tried on 90% of the training images, and the
+one that does best on the other 10% trains a new layer on all.
 
 Two more modes ask other questions. Quoting their accuracies as "linear" is a common mistake:
 
@@ -733,7 +733,7 @@ def measure(file, config):
     more = dict(checkpoints=[], data_dir=config.data_dir or before["data_dir"])
     config = dataclasses.replace(config, **given, **more)
     device, dtype = start_device(config)
-    # stop glibc from returning freed memory to the system: 1.27 times as fast (docs/race.md)
+    # stop glibc from returning freed memory to the system: 1.28 times as fast (docs/race.md)
     with contextlib.suppress(OSError, AttributeError):  # another system, another library
         for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
             ctypes.CDLL("libc.so.6").mallopt(*option)

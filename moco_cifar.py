@@ -94,7 +94,7 @@ class Config:
 
 RECIPES = {
     "demo": {},  # the defaults: the official CIFAR-10 demo of MoCo
-    "cpu": dict(width=16, epochs=70, batch_size=256, crop_scale=(0.2, 1.0)),  # two hours
+    "cpu": dict(width=16, epochs=70, batch_size=256, crop_scale=(0.2, 1.0)),  # 1.5 hours of 2 cores
     # "Fine-tuning Momentum Contrast on Image Classification" states no schedule; cosine is ours
     "report": dict(batch_size=128, epochs=100, lr=0.015, weight_decay=1e-6, key_momentum=0.99),
     "v1": dict(head="linear", temperature=0.07, blur=0.0, schedule="step"),  # both: MoCo v2, sec. 3
@@ -776,7 +776,7 @@ class Run:
         self.config, self.out, self.recipe = config, Path(config.out), config
         self.again = "run it again" + ", without --restart" * config.restart
         self.device, self.dtype = start_device(config)
-        # stop glibc from returning freed memory to the system: 1.27 times as fast (docs/race.md)
+        # stop glibc from returning freed memory to the system: 1.28 times as fast (docs/race.md)
         with contextlib.suppress(OSError, AttributeError):  # another system, another library
             for option in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # mmap, trim threshold, top pad
                 ctypes.CDLL("libc.so.6").mallopt(*option)
