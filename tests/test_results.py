@@ -81,7 +81,7 @@ def test_what_the_learning_rate_does_on_the_shapes_is_as_measured():
         (run["name"], str(run["config"]["lr"])): f"{100 * run['last']['knn_top1']:.1f}"
         for run in runs
     }
-    assert len(runs) == 10 and {run["last"]["epoch"] for run in runs} == {8}
+    assert len(runs) == 11 and {run["last"]["epoch"] for run in runs} == {8}
 
 
 def test_readme_shows_at_most_six_rows_with_their_commands():
