@@ -1,6 +1,6 @@
 """Why can MoCo's loss rise? The runs, the tables and the figure of docs/loss.md.
 
-    python tools/loss_rise.py         # trains on CIFAR-10: ten minutes of one core
+    python tools/loss_rise.py         # trains on CIFAR-10: 18 minutes on a busy core
     python tools/loss_rise.py --draw  # only tables and figure, from results/loss-rise.json
 
 Every four epochs it takes 512 queries and looks for their keys among the queue as it is, and among
