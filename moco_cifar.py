@@ -479,8 +479,6 @@ def load_data(source, config):
         classes = [str(c) for c in arrays.get("classes", range(1 + max(y.max(), y_test.max())))]
         if len(classes) <= max(y.max(), y_test.max()):
             raise ValueError(f"only {len(classes)} names of classes")
-    except MemoryError:
-        raise
     except Exception as error:  # a foreign file can raise anything, and so can a download
         ways = f"takes {', '.join(BUILTIN)} (online, or with the archive in {root}/), an .npz file"
         text = f"--data {source}: {error or type(error).__name__}"
@@ -598,9 +596,7 @@ def knn_accuracy(encoder, data, config, autocast, temperature=0.1):
 
 # %% Checkpoints
 def write_atomic(path, content, previous=None):
-    """Write, then rename: a crash never leaves half a file. The old file becomes `previous`.
-    content: bytes, or a function that writes them to a file
-    """
+    """Write bytes, or let a function write, then rename: a crash never leaves half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -608,8 +604,10 @@ def write_atomic(path, content, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
+            os.replace(path, previous)  # keeps the old one
         os.replace(temporary, path)
+    except OSError as error:  # a full disk doesn't say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1107,7 +1105,9 @@ def check_config(config):
             must = f"{len(field.default)} numbers, such as {','.join(map(str, field.default))}"
         elif kind in (int, float, tuple) and not (fits and all(least <= v <= most for v in values)):
             must = f"from {least} to {most}"
-        else:
+        else:  # plain types: with NumPy's or a Path, a checkpoint would be unreadable
+            plain = {tuple: values.tolist(), list: map(str, values)}.get(kind, value)
+            setattr(config, name, plain if choices else kind(plain))
             continue
         raise UserError(f"--{name.replace('_', '-')} {','.join(map(str, values))}: must be {must}")
     return config

@@ -19,6 +19,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -37,7 +38,7 @@ BUDGET = {
     "moco_cifar": (1144, 290, 40),
     "fast_moco": (1212, 300, 120),
     "simclr": (1083, 280, 0),
-    "linear_eval": (819, 300, 0),
+    "linear_eval": (818, 300, 0),
     "knn_monitor": (574, 200, 0),
     "plots": (727, 600, 0),
 }
@@ -465,6 +466,23 @@ def test_one_number_where_config_takes_several(here, monkeypatch, capsys):
     assert "lr 0.1 is best" not in capsys.readouterr().out and one.lr == (0.1,)
     with pytest.raises(linear_eval.UserError, match="--crop-scale 0.2: must be 2 numbers"):
         linear_eval.check_config(linear_eval.Config(crop_scale=0.2))
+
+
+def test_numpy_numbers_and_paths_in_a_notebook(here):
+    """They would have made checkpoints that nothing can read."""
+    rates = np.array([0.1, 0.2], np.float32)
+    probe = linear_eval.Config(checkpoints=Path("run"), lr=rates, limit=np.int64(3), out=here)
+    linear_eval.check_config(probe)
+    assert (probe.checkpoints, probe.limit, probe.out) == (["run"], 3, str(here))
+    assert probe.lr == tuple(rates.tolist()) and type(probe.lr[0]) is float
+    flags = "--data data.npz --image-size 16 --arch resnet8 --width 4 --epochs 1 --knn-k 8".split()
+    flags += "--batch-size 16 --queue-size 16 --bn-splits 1".split()
+    config = moco_cifar.parse_config(flags)
+    config.lr, config.epochs, config.flip = np.float64(0.03), np.int64(1), np.float32(0.5)
+    config.out, config.jitter = here / "out", np.array([0.4, 0.4, 0.4, 0.1])
+    moco_cifar.train(config, moco_cifar.Run(moco_cifar.check_config(config)))
+    saved = moco_cifar.load_checkpoint(here / "out/pretrain.pt")["config"]
+    assert (saved["lr"], saved["out"], type(saved["epochs"])) == (0.03, str(here / "out"), int)
 
 
 @pytest.mark.parametrize(

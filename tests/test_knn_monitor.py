@@ -345,11 +345,12 @@ def test_too_little_memory_is_one_line(run, refused, monkeypatch, error):
 
 
 def test_a_full_disk_is_one_line(run, refused, monkeypatch):
-    def fail(path, *args):
+    def fail(number):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(knn_monitor, "write_atomic", fail)
-    refused(knn_monitor.main, [*FAST, run], "No space left on device", code=4)
+    monkeypatch.setattr(os, "fsync", fail)
+    says = refused(knn_monitor.main, [*FAST, run], "No space left on device", code=4)
+    assert ".npz': name another folder with --out" in says and not [*run.glob("*.tmp")]
 
 
 def test_older_checkpoints_name_their_data_as_the_flag_did(data, refused, tmp_path):

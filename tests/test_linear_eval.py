@@ -1193,12 +1193,13 @@ def test_out_of_memory_is_one_line(pretrained, tmp_path, refused, monkeypatch, e
 
 
 def test_a_full_disk_is_one_line(pretrained, tmp_path, refused, monkeypatch):
-    def fail(path, *args):
+    def fail(number):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(linear_eval, "write_atomic", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     argv = [pretrained, "--out", tmp_path, *SHORT]
-    refused(linear_eval.main, argv, "No space left on device", code=4)
+    says = f"No space left on device: '{tmp_path / 'linear.jsonl'}'"
+    refused(linear_eval.main, argv, says, code=4)
     assert not list(tmp_path.iterdir())
 
 

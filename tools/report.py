@@ -199,9 +199,9 @@ def ablation_table(name, groups):
     others = sorted(runs[0].config.keys() - {*ABLATIONS[name]["fields"], *LOCAL})
     values = {key: sorted({plain(run.config.get(key)) for run in runs}) for key in others}
     vary = [f"{key} ({'; '.join(some)})" for key, some in values.items() if some[1:]]
-    seeds = ", ".join(map(str, sorted({run.config.get("seed", 0) for run in runs})))
-    about = dict(run=runs[0], n=len(runs), seeds=seeds, k=knn_of(runs[0]).get("k"))
-    text = TEXTS["ablation"].format(**about, source=ABLATIONS[name]["source"])
+    seeds = sorted({run.config.get("seed", 0) for run in runs})
+    about = dict(run=runs[0], n=len(runs), seeds="s" * len(seeds[1:2]) + f" {str(seeds)[1:-1]}")
+    text = TEXTS["ablation"].format(**about, **ABLATIONS[name], k=knn_of(runs[0]).get("k"))
     if late := ", ".join(run.name for run in runs if run.epoch < run.epochs):
         text += f" Not finished: {late}."
     text += f" The runs also differ in {', '.join(vary)}." if vary else ""
