@@ -373,8 +373,20 @@ def test_a_picture_of_many_runs_stays_readable():
     assert all(figure.bbox.y0 <= b.y0 for b in boxes) and all(axes.lines for axes in figure.axes)
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert len({*names}) == len(names) == 6 + 1 + 6, "curves, raw pixels, untrained encoders"
-    first = [line.get_color() for axes in figure.axes for line in axes.lines[:6]]
-    assert len({*first[:6]}) == 6, "six curves, six colours"
+    looks = [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[:6]]
+    assert len({*looks}) == 6 and len({color for color, _ in looks}) == 3, "a colour per method"
+    color = {line.get_label()[:4]: line.get_color() for line in figure.axes[0].lines}
+    assert figure.axes[1].lines[0].get_color() == color["MoCo"]
+
+
+def test_the_readmes_picture_shows_the_best_run_of_each_method():
+    runs = [trained(0, 0.6, 1), trained(0, 0.5, 1, width=8), trained(0, 0.7, 1, method="simclr")]
+    shapes = trained(0, 0.4, 1)
+    shapes["data"] |= {"name": "synthetic shapes"}
+    select, against, band = results.PICTURES["knn-epochs.png"]
+    figure = results.draw_knn(select([*runs, shapes], against), against, band)
+    labels = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
+    assert [text[-4:] for text in labels[0][:2]] == ["70.0", "60.0"] and "40.0" in labels[1][0]
 
 
 def test_the_reports_figures_stand_beside_the_same_share_of_labels():

@@ -24,6 +24,7 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,16 +341,21 @@ def table_of_race(results):
     return markdown(sorted(rows, key=lambda row: (row["k-NN %"][:2], float(row["PFLOP"]))))
 
 
-def table_of_best(results):
-    """At most six rows: of each method the best run on CIFAR-10, then on synthetic images"""
+def best_of(results):
+    """Of each method the best run on CIFAR-10, then on synthetic images"""
     best = {}
     for group in sorted(grouped(results), key=lambda group: (not is_real(group), -mean_knn(group))):
         shown = is_cifar10(group) or not is_real(group)
         if shown and not any(run.get("stale") for run in group):
             best.setdefault((is_real(group), cells_of(group)["method"]), group)
+    return [*best.values()]
+
+
+def table_of_best(results):
+    """Six rows at most"""
     columns = ["", "method", "images", "encoder", "epochs", "k-NN %", "probe %"]
     columns += ["pixels k-NN %", "untrained k-NN %", "minutes"]
-    return with_commands([*best.values()][:6], columns)
+    return with_commands(best_of(results)[:6], columns)
 
 
 LABELS = {  # folder of an evaluation: what it is, and the SimCLR course report's top-1 and top-3
@@ -448,16 +454,27 @@ def is_copy(group):
     return "JPEG" in group[0]["data"]["name"]
 
 
+def title_of(group):
+    return f"{group[0]['data']['name']}, {group[0]['data']['n_train']:,} images"
+
+
+def panels_of_best(results, against):
+    """{title: groups}: of each method the best run"""
+    panels = {}
+    for group in best_of(results):
+        panels.setdefault(title_of(group), []).append(group)
+    return panels
+
+
 def panels_of_data(results, against):
     """{title: groups}: of each data set the runs on most of its images"""
-    panels = {}
+    panels, most = {}, {}
     for group in grouped(results):  # most images first
         name, n = group[0]["data"]["name"], group[0]["data"]["n_train"]
         current = not is_copy(group) and not any(run.get("stale") for run in group)
         if current and curve_of(group, against):
-            panels.setdefault(name, (n, []))
-            panels[name][1].extend([group] * (n == panels[name][0]))
-    return {f"{name}, {n:,} images": groups for name, (n, groups) in panels.items()}
+            panels.setdefault(name, []).extend([group] * (n == most.setdefault(name, n)))
+    return {title_of(groups[0]): groups for groups in panels.values()}
 
 
 def panels_of_patches(results, against):
@@ -470,7 +487,7 @@ def panels_of_patches(results, against):
 # file in docs/: what is drawn in it, against what, and whether the deviation over seeds is a band
 # (or only an error bar at the end)
 PICTURES = {
-    "knn-epochs.png": (panels_of_data, "epoch", True),
+    "knn-epochs.png": (panels_of_best, "epoch", True),
     "knn-minutes.png": (panels_of_data, "minutes", True),
     "fast-moco-small.png": (panels_of_patches, "epoch", False),
 }
@@ -516,9 +533,10 @@ def draw_knn(panels, against, band):
     for axes, (title, groups) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
     ):
-        encoders, free = {encoder_of(group) for group in groups}, 3
+        encoders, drawn = {encoder_of(group) for group in groups}, Counter()
         machines = {machine_of(group[0]) for group in groups}
-        drawn, styles = set(), itertools.cycle(plots.DASHES[1:])
+        several = len({group[0]["method"] for group in groups}) > 1
+        styles = itertools.cycle(plots.DASHES[1:])
         for place, group in enumerate(groups):
             method, rows = group[0]["method"], curve_of(group, against)
             label = cells_of(group)["method"].replace(method, plots.METHODS[method], 1)
@@ -527,17 +545,17 @@ def draw_knn(panels, against, band):
             others = {g[0]["config"].get("temperature") for g in groups if g[0]["method"] == method}
             label += f", T {group[0]['config'].get('temperature')}" * (len(others) > 1)
             label += f", {group[0]['config']['epochs']} epochs: {show(knn(group))}"
-            label += f" ({machine_of(group[0])})" * (len(machines) > 1 and against == "minutes")
-            i = [*SCRIPTS].index(method)  # a method's first curve has its colour in all panels
-            if method in drawn:
-                i, free = free, free + 1
-            drawn.add(method)
+            label = plots.fill(label, 50)
+            label += f"\n({machine_of(group[0])})" * (len(machines) > 1 and against == "minutes")
+            i = [*SCRIPTS].index(method) if several else place  # a method has the same everywhere
             end, deviation = rows[-1], 100 * rows[-1].get("± knn_top1", 0)
             if not band:
                 rows = [without(row, ["± knn_top1"]) for row in rows]
                 x = end[against] + 0.12 * place  # side by side
                 axes.errorbar(x, 100 * end["knn_top1"], deviation, color=f"C{i}", capsize=3)
-            plots.draw_curve(axes, rows, "knn_top1", plots.fill(label, 44), i, 100, against)
+            plots.draw_curve(axes, rows, "knn_top1", label, i, 100, against)
+            n, drawn[method] = drawn[method], drawn[method] + 1
+            axes.lines[-1].set(ls=plots.DASHES[n % 5], marker=plots.MARKERS[(i + 3 * n) % 10])
         for style, (name, values) in zip(styles, levels_of(groups).items()):
             value = 100 * statistics.mean(values)
             axes.axhline(value, color=plots.GRAY, ls=style, lw=1, label=f"{name}: {value:.1f}")
