@@ -847,8 +847,7 @@ class Run:
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = (self.out / ".lock").read_text()
-            raise UserError(f"--out {self.out} is in use by {holder}") from None
+            raise UserError(f"--out {self.out}: in use by {Path(lock.name).read_text()}") from None
         except (OSError, ImportError):  # some network drives, Windows
             print(f"warning: {self.out} can't be locked: start no second run there")
         lock.truncate(0)
@@ -863,6 +862,7 @@ class Run:
                 found = load_checkpoint(path), path
                 if trouble:
                     print(f"warning: {trouble}; resuming from {path.name}", file=sys.stderr)
+                    path.replace(self.out / "last.pt")  # or the next save would overwrite it
                 return found
             except UserError as error:
                 trouble = trouble or error

@@ -271,6 +271,25 @@ def test_damaged_state_falls_back_to_the_one_before(flags, whole, interrupted, c
     assert digest(out / "pretrain.pt") == whole
 
 
+def test_a_crash_after_that_leaves_a_whole_state(flags, whole, interrupted, monkeypatch):
+    """At the worst moment: the next save has renamed last.pt, and not yet put the new one there."""
+    rename = os.replace
+
+    def replace(source, target):
+        if str(source).endswith(".tmp"):
+            raise Crash
+        rename(source, target)
+
+    (interrupted / "last.pt").write_bytes(b"damaged")
+    argv = [*flags, "--out", str(interrupted)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(Crash):
+            moco_cifar.main(argv)
+    assert moco_cifar.main(argv) == 0
+    assert digest(interrupted / "pretrain.pt") == whole
+
+
 def test_no_state_can_be_read(flags, interrupted, refused):
     out = interrupted
     for name in ("last.pt", "prev.pt"):
