@@ -286,7 +286,8 @@ def draw_neighbours(run):
 # %% The linear classifier
 def draw_probe(run):
     """Top-1, top-5 and test loss of the linear classifier (the MoCo report's Figures 3 to 5)"""
-    what, n = MODES[run.probe["config"].get("mode", "probe")], len(run.classes)
+    mode, n = run.probe["config"].get("mode", "probe"), len(run.classes)
+    what = "Linear evaluation" if mode == "probe" else "Training all weights"
     figure = new_figure(f"{what}: {run.title}", 9, 3.5)
     panels = {"top1": (100, 100 / n, "top-1 (%)"), "top5": (100, 500 / max(5, n), "top-5 (%)")}
     panels |= {"test_loss": (1, math.log(n), "loss (nats, log scale)")}
@@ -421,7 +422,6 @@ from matplotlib.figure import Figure
 METHODS = {"memory-bank": "Memory bank", "end-to-end": "End-to-end"}
 METHODS |= {"moco": "MoCo", "fast-moco": "Fast-MoCo", "simclr": "SimCLR", "random": "untrained"}
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN", "stl10": "STL-10"}
-MODES = {"probe": "Linear evaluation", "finetune": "Fine-tuning", "supervised": "Supervised"}
 BASELINES = {"pixels": "raw pixels", "random": "untrained encoder"}
 NOTEBOOK = sys.argv[0].endswith("kernel_launcher.py")
 

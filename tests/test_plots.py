@@ -234,11 +234,12 @@ def test_a_checkpoint_file_is_drawn_like_its_folder_or_says_what_needs_one(finis
     assert draw(finished / "pretrain.pt")[0] == ALL
 
 
+WHOLE, PROBE = "Training all weights:", "Linear evaluation:"
 EVALUATIONS = [  # settings, the checkpoint's method, the title and the row of the table
-    (dict(mode="finetune", labels=0.1), "fast-moco", "Fine-tuning: MoCo v3, fine-tuned, 10% of"),
-    (dict(mode="supervised", init="random"), "supervised", "Supervised: supervised, 100% of"),
-    (dict(init="random"), "random", "Linear evaluation: untrained, frozen, 100% of"),
-    (dict(), "fast-moco", "Linear evaluation: MoCo v3, frozen, 100% of"),
+    (dict(mode="finetune", labels=0.1), "fast-moco", f"{WHOLE} MoCo v3, fine-tuned, 10% of"),
+    (dict(mode="supervised", init="random"), "supervised", f"{WHOLE} supervised, 100% of"),
+    (dict(init="random"), "random", f"{PROBE} untrained, frozen, 100% of"),
+    (dict(), "fast-moco", f"{PROBE} MoCo v3, frozen, 100% of"),
 ]
 
 
