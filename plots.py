@@ -7,7 +7,7 @@
     neighbours    test images, and the training images that the encoder considers most similar
     probe         top-1, top-5 and loss of the linear classifier
     classes       accuracy of each class
-    along         accuracy of classifiers along the pretraining
+    along         accuracy of classifiers along the pretraining, if it had --keep-every
 
 This script only draws: it needs neither images nor a GPU, because the other scripts leave what it
 draws in the run's folder. What is missing is skipped, with one line that says what to run.
@@ -611,7 +611,7 @@ FIGURES = {  # name: what draws it, what it needs of a run, and how to get that
     "neighbours": (draw_neighbours, "neighbours", "run knn_monitor.py {path}"),
     "probe": (draw_probe, "probe", "run linear_eval.py {path}"),
     "classes": (draw_classes, "probe", "run linear_eval.py {path}"),
-    "along": (draw_along, "along", "run linear_eval.py {path} {path}/epoch*.pt (--keep-every)"),
+    "along": (draw_along, "along", "run linear_eval.py {path} {path}/epoch*.pt"),
 }
 
 
@@ -636,7 +636,7 @@ def draw(config):
         for name, (make, _, advice) in FIGURES.items():
             if name in drawn:
                 save_figure(make(run), folder / name)
-            else:
+            elif name != "along" or [*run.path.glob("epoch*.pt")]:
                 how = advice if run.path.is_dir() else "drawn only from a run's folder"
                 print(f"{run.name}: no {name}: {how.format(path=run.path)}")
         print(f"{folder}/ (.png and .pdf): {', '.join(drawn)}")
