@@ -352,7 +352,7 @@ def best_of(results):
 
 
 def table_of_best(results):
-    """Six rows at most"""
+    """The README's table: the first six of these"""
     columns = ["", "method", "images", "encoder", "epochs", "k-NN %", "probe %"]
     columns += ["pixels k-NN %", "untrained k-NN %", "minutes"]
     return with_commands(best_of(results)[:6], columns)
@@ -547,7 +547,7 @@ def draw_knn(panels, against, band):
             label += f", {group[0]['config']['epochs']} epochs: {show(knn(group))}"
             label = plots.fill(label, 50)
             label += f"\n({machine_of(group[0])})" * (len(machines) > 1 and against == "minutes")
-            i = [*SCRIPTS].index(method) if several else place  # a method has the same everywhere
+            i = [*SCRIPTS].index(method) if several else place  # a colour per method
             end, deviation = rows[-1], 100 * rows[-1].get("± knn_top1", 0)
             if not band:
                 rows = [without(row, ["± knn_top1"]) for row in rows]
