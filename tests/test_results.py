@@ -252,6 +252,26 @@ def test_a_number_of_the_head_is_not_shown_as_the_backbones():
     assert results.knn([run]) == [0.8]
 
 
+def test_moco_stands_beside_its_course_report():
+    """Means over seeds, evaluation by evaluation; runs with other settings are left out."""
+
+    def evaluated(top1, loss):
+        return dict(correct={"top1": top1, "top5": 900}, n_test=1000, test_loss=loss, lr=10.0)
+
+    runs = [row(seed, 500, probe=evaluated(400 + 20 * seed, 3 + seed)) for seed in (0, 1)]
+    for run in runs:
+        run["config"] |= dict(batch_size=128, lr=0.015, weight_decay=1e-6, key_momentum=0.99)
+        run |= dict(evaluations={}, history=[dict(epoch=2)])
+    runs[1]["evaluations"]["default"] = evaluated(500, 2) | {"lr": 0.3}
+    lines = rows(results.table_of_report_moco([*runs, row(0, 500, probe=evaluated(999, 1))]))
+    lines = [[cell.strip() for cell in line.split("|")[4:-1]] for line in lines]
+    assert lines == [
+        ["as in the report", "10", "41.0 ± 1.4", "90.0", "3.50"],
+        ["the rate chosen on held-out images", "0.3", "50.0", "90.0", "2.00"],
+        ["the report", "10", "41.0", "87.4", "67.39"],
+    ]
+
+
 def demo(last, **more):
     """A run with the demo's settings, of 200 epochs but stopped after `last`"""
     run = row(0, 500)

@@ -393,6 +393,32 @@ def table_of_labels(results):
     return markdown(rows)
 
 
+REPORT_MOCO = {  # where an evaluation is found in a file: what it is
+    "probe": "as in the report",
+    "default": "the rate chosen on held-out images",
+    "random_probe": "of the untrained encoder",
+}
+
+
+def table_of_report_moco(results):
+    """`make report-moco` with a smaller encoder and fewer epochs, beside its report's Figure 6"""
+    usual, rows = dict(batch_size=128, lr=0.015, weight_decay=1e-6, key_momentum=0.99), []
+    for group in grouped(results):
+        if not is_cifar10(group) or not usual.items() <= group[0]["config"].items():
+            continue
+        cells = cells_of(group)
+        for name, kind in REPORT_MOCO.items():
+            found = [r.get(name) or r["evaluations"].get(name) for r in group]
+            if found := [evaluation for evaluation in found if evaluation]:
+                row = {key: cells[key] for key in ("encoder", "epochs", "seeds")}
+                row |= {"evaluation": kind, "learning rate": f"{found[0]['lr']:g}"}
+                for k in ("top1", "top5"):
+                    row[f"{k[:3]}-{k[3]} %"] = show([e["correct"][k] / e["n_test"] for e in found])
+                rows.append(row | {"loss": f"{statistics.mean(e['test_loss'] for e in found):.2f}"})
+    said = "resnet18, width 64", 100, 1, "the report", 10, "41.0", "87.4", "67.39"
+    return markdown([*rows, dict(zip(rows[0], said))])
+
+
 # the official CIFAR-10 demo's own log (asymmetric, 200 epochs): k-NN in % on the head, and the loss
 OFFICIAL = {1: (31.98, 6.957), 2: (33.52, 7.250), 5: (37.95, 6.862), 10: (48.03, 5.991)}
 OFFICIAL |= {20: (61.38, 4.341), 30: (67.05, 3.692), 50: (73.30, 3.195)}
