@@ -138,7 +138,7 @@ def test_a_probe_of_something_else_is_not_published_as_the_runs(pretrained, tmp_
     run = shutil.copytree(pretrained, tmp_path / "run")
     own = torch.load(run / "pretrain.pt", weights_only=True)
     how = dict(mode="probe", init="pretrained", labels=1.0)
-    linear = dict(config=how, data=own["data"], machine={}, result={"correct": {}})
+    linear = own | dict(kind="linear", config=how, machine={}, result={"correct": {}})
     linear |= dict(pretrain={key: own[key] for key in ("epoch", "config")})
     others = [
         dict(pretrain=linear["pretrain"] | {"epoch": 1}),
@@ -295,6 +295,30 @@ def test_the_demo_stands_beside_its_own_log_at_the_epochs_known_of_both():
     (knn, loss) = results.draw_demo(results.demo_log(runs)).axes
     assert [line.get_xdata().tolist() for line in knn.lines] == [[1, 2, 3], [1, 2]]
     assert [line.get_ydata().tolist() for line in loss.lines] == [[7.1, 7.2, 7.3], [6.957, 7.25]]
+
+
+def test_accuracy_along_the_pretraining_is_drawn_beside_supervised_networks():
+    def evaluated(mode, labels, top1, *along):
+        made = dict(config=dict(mode=mode, labels=labels), top1=top1)
+        along = [dict(epoch=epoch, top1=y) for epoch, y in along]
+        return made | (dict(along=along) if along else {})
+
+    run = trained(0, 0.6, 1, probe=evaluated("probe", 1.0, 0.6, (1, 0.5), (2, 0.6)))
+    run["evaluations"] = {
+        "finetune-0.1": evaluated("finetune", 0.1, 0.5, (1, 0.4), (2, 0.5)),
+        "probe-0.01": evaluated("probe", 0.01, 0.3),  # of the last epoch only
+        "supervised-0.1": evaluated("supervised", 0.1, 0.2),
+    }
+    panels = results.along_of([run, trained(0, 0.5, 1, 8, probe=evaluated("probe", 1.0, 0.5))])
+    (axes,) = results.draw_along(panels).axes
+    drawn = {line.get_label(): [*line.get_ydata()] for line in axes.lines}
+    assert drawn == {
+        "pretrained, frozen, 100% of labels": [50, 60],
+        "pretrained, end to end, 10% of labels": [40, 50],
+        "supervised, 10% of labels": [20, 20],
+    }
+    _, finetuned, supervised = (line.get_color() for line in axes.lines)
+    assert finetuned == supervised, "a colour for each share of the labels"
 
 
 def test_a_run_that_was_stopped_is_no_row():

@@ -68,10 +68,11 @@ def without(row, names):
     return {key: value for key, value in row.items() if key not in names}
 
 
-def evaluation(linear):
-    """What is kept of a linear.pt"""
+def evaluation(linear, folder):
+    """What is kept of a linear.pt, and of those of kept checkpoints in the same folder"""
     how = dict(config=without(linear["config"], LOCAL), machine=linear["machine"])
-    return linear["result"] | how
+    along = plots.read_evaluation(folder).along
+    return linear["result"] | how | (dict(along=along) if along else {})
 
 
 def belongs(file, linear, checkpoint, whole=False):
@@ -111,14 +112,12 @@ def collect(run, data, minutes=True):
     probe = run / (path.stem if path.stem.startswith("epoch") else "") / "linear.pt"
     for name, file in (("probe", probe), ("random_probe", run / "random/linear.pt")):
         if (linear := load(file)) and belongs(file, linear, checkpoint, whole=True):
-            result[name] = evaluation(linear)
+            result[name] = evaluation(linear, file.parent)
     for file in sorted(run.glob("*/linear.pt")):
         name, linear = file.parent.name, load(file)
         other = name == "random" or name.startswith("epoch")
         if not other and belongs(file, linear, checkpoint):
-            along = plots.read_evaluation(file.parent).along
-            more = dict(along=along) if along else {}
-            result["evaluations"][name] = evaluation(linear) | more
+            result["evaluations"][name] = evaluation(linear, file.parent)
     result["knn"] = [without(row, ("checkpoint", "data")) for row in rows_of(run / "knn.jsonl")]
     result["history"] = checkpoint["history"]
     if not minutes:
@@ -592,6 +591,52 @@ def draw_knn(panels, against, band):
     return figure
 
 
+def along_of(results):
+    """{title: curves, levels} of runs on CIFAR-10 whose kept checkpoints were evaluated. A curve is
+    a kind of evaluation, its share of the labels, and its epochs and top-1; a level is the share
+    and the top-1 of a supervised network.
+    """
+    panels = {}
+    for run in (group[0] for group in grouped(results) if is_cifar10(group)):
+        found = [run.get("probe"), *run.get("evaluations", {}).values()]
+        found = [(e["config"]["mode"], e["config"]["labels"], e) for e in found if e]
+        curves = [
+            [LABELS[mode][0], share, [(row["epoch"], row["top1"]) for row in e["along"]]]
+            for mode, share, e in found
+            if "along" in e
+        ]
+        levels = [[share, e["top1"]] for mode, share, e in found if mode == "supervised"]
+        title = f"{plots.METHODS[run['method']]}, {encoder_of([run])}"
+        if curves:
+            panels[f"{title}, {run['config']['epochs']} epochs"] = [curves, levels]
+    return panels
+
+
+def draw_along(panels):
+    """Accuracy against the epochs of pretraining: the SimCLR report's Figure 2. A colour for each
+    share of the labels.
+    """
+    figure = plots.new_figure("Classifiers along the pretraining", max(4.5 * len(panels), 6), 4.6)
+    shares = {share for curves, _ in panels.values() for _, share, _ in curves}
+    shares |= {share for _, levels in panels.values() for share, _ in levels}
+    colors = {share: i for i, share in enumerate(sorted(shares, reverse=True))}
+    kinds = [kind for kind, _ in LABELS.values()]
+    for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        curves, levels = panels[title]
+        for kind, share, points in curves:
+            rows, label = (
+                [dict(epoch=e, top1=y) for e, y in points],
+                f"{kind}, {share:.0%} of labels",
+            )
+            plots.draw_curve(axes, rows, "top1", label, kinds.index(kind), 100)
+            axes.lines[-1].set_color(f"C{colors[share]}")
+        for share, top1 in levels:
+            plots.draw_level(axes, 100 * top1, f"supervised, {share:.0%} of labels", colors[share])
+        axes.set(title=title, xlabel="epoch of pretraining", ylabel="top-1 (%)")
+    plots.legend_below(figure, 2)
+    return figure
+
+
 def draw_demo(log):
     """`--recipe demo` beside the official demo: k-NN accuracy on the head, and the loss"""
     figure = plots.new_figure("--recipe demo beside the official demo's log", 8, 3.4)
@@ -611,6 +656,9 @@ def picture(name, results):
     if name == "demo.png":
         log = demo_log(results)
         return [log, OFFICIAL], lambda: draw_demo(log)
+    if name == "along.png":
+        panels = along_of(results)
+        return panels, lambda: draw_along(panels)
     select, against, band = PICTURES[name]
     panels = select(results, against)
     found = {
