@@ -1,10 +1,10 @@
 """Fast-MoCo on CIFAR-10: more positive pairs from two views, at nearly the same cost.
 
-A view is divided into 2x2 patches, and each is encoded on its own; the mean of any two of the four
-embeddings is an embedding of the image: six from one encoding, since four quarters cost the encoder
-as much as the whole. Each of the six must find its own image among the embeddings of the batch that
-a slow copy of the encoder computes from whole views (a moving average of its weights, as in MoCo).
-There is no queue: the negatives are the other images of the batch.
+A view is divided into 2x2 patches. Each is encoded on its own, which costs the encoder as much as
+the whole view; the mean of any two of the four embeddings is an embedding of the image, and that
+makes six. Each of the six must find its own image among the embeddings of the batch that a slow
+copy of the encoder computes from whole views (a moving average of its weights, as in MoCo). There
+is no queue: the negatives are the other images of the batch.
 
     view_1 -divide-> 4 patches -encoder-> 4 v -combine-> 6 c -projector-predictor-> 6 z_c --.
                                   | momentum update                                  ctr(z_c, z)
@@ -101,7 +101,7 @@ class Config:
 
 
 RECIPES = {
-    "cifar": {},  # the defaults: the paper's but for temperature and blur
+    "cifar": {},  # the defaults: the paper's but for epochs, temperature and blur
     "cpu": dict(width=16, head_hidden=256, dim=128, predictor_hidden=64, epochs=40, batch_size=256),
     "paper": dict(epochs=100, temperature=1.0, blur=0.5),  # Table 1
     "paper-20": dict(epochs=20, lr=0.15, temperature=1.0, blur=0.5),  # Table 1, for its ablations

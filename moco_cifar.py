@@ -17,8 +17,8 @@ What differs from the papers (MoCo v1, arXiv:1911.05722; v2, arXiv:2003.04297):
     between the groups (ShuffleBN), or the groups' statistics would give away which key is whose.
  3. Settings are those of the authors' CIFAR-10 demo: K is 4096, not 65536; m 0.99, not 0.999.
  4. Jitter changes brightness, contrast, saturation, hue in this order; torchvision's is random.
-The loss doesn't measure progress: old keys are easy while the encoders move fast, so it can rise in
-a short run. Guessing gives ln(1 + K), 8.32 for K = 4096. Watch the k-NN accuracy.
+The loss doesn't measure progress: old keys are easy while the encoders move fast, and as these slow
+down it can rise. Guessing gives ln(1 + K), 8.32 for K = 4096. Watch the k-NN accuracy.
 
     python moco_cifar.py                       # CIFAR-10, ResNet-18, 200 epochs (recipe demo)
     python moco_cifar.py --recipe v2 --epochs 100 --out runs/v2
