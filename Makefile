@@ -37,7 +37,7 @@ export MPLBACKEND := Agg
 epochs = $(or $(EPOCHS),$(if $(RECIPE),,$1))
 slug = $(shell printf '%s' '$(strip $1)' | tr -cs 'A-Za-z0-9._\200-\377' '-' | sed 's/-*$$//')
 settings = $(RECIPE) $(patsubst %,%ep,$(call epochs,$1)) seed$(SEED) $(filter-out cifar10,$(DATA)) $(ARGS)
-tag = $(or $(NAME),$(call slug,$(call settings,$1)))
+tag = $(or $(if $(filter command,$(origin NAME)),$(NAME)),$(call slug,$(call settings,$1)))
 CIFAR := $(call tag,200)
 
 # the flags of a pretraining script
@@ -53,7 +53,7 @@ help:  ## this list
 	@printf '\ncifar-* and report-* take DATA=, RECIPE=, EPOCHS=, SEED=, ARGS="--flag value" and NAME= (of its folder),\n'
 	@printf 'evaluation EVAL="--flag value"; demo takes METHOD=simclr or fast-moco; PYTHON= uses that python\n'
 
-# The chain is the same for every method: pretrain.pt -> linear.pt, knn.jsonl -> table.md
+# The chain is the same for every method: pretrain.pt -> linear.pt, map-random.npz -> table.md
 cifar-moco: figures/cifar-moco-$(CIFAR)/table.md  ## MoCo: pretrain, probe, k-NN and figures; downloads CIFAR-10 unless DATA= is given
 cifar-simclr: figures/cifar-simclr-$(CIFAR)/table.md  ## the same for SimCLR
 cifar-fast-moco: figures/cifar-fast-moco-$(CIFAR)/table.md  ## the same for Fast-MoCo
@@ -73,12 +73,13 @@ runs/%/linear.pt: runs/%/pretrain.pt
 runs/%/random/linear.pt: runs/%/pretrain.pt
 	$(PYTHON) linear_eval.py $(<D) --init random --seed $(SEED) $(EVAL)
 
-runs/%/knn.jsonl: runs/%/pretrain.pt
+# the last of three measurements leaves this file, so it is there only if all are
+runs/%/map-random.npz: runs/%/pretrain.pt
 	$(PYTHON) knn_monitor.py $(<D) --baseline pixels
-	$(PYTHON) knn_monitor.py $(<D) --baseline random
 	$(PYTHON) knn_monitor.py $(<D)
+	$(PYTHON) knn_monitor.py $(<D) --baseline random --seed $(SEED)
 
-figures/%/table.md: runs/%/linear.pt runs/%/random/linear.pt runs/%/knn.jsonl
+figures/%/table.md: runs/%/linear.pt runs/%/random/linear.pt runs/%/map-random.npz
 	$(PYTHON) plots.py runs/$* --out $(@D) --table $@
 
 figures: $(patsubst runs/%/pretrain.pt,figures/%/table.md,$(wildcard runs/*/pretrain.pt))  ## of all finished runs

@@ -25,7 +25,7 @@ runs/report-moco-%/linear.pt: runs/report-moco-%/pretrain.pt
 runs/report-moco-%/random/linear.pt: runs/report-moco-%/pretrain.pt
 	$(PYTHON) linear_eval.py $(<D) --recipe report --init random --seed $(SEED) $(EVAL)
 
-figures/report-moco-%/report.html: runs/report-moco-%/linear.pt runs/report-moco-%/random/linear.pt runs/report-moco-%/knn.jsonl
+figures/report-moco-%/report.html: runs/report-moco-%/linear.pt runs/report-moco-%/random/linear.pt runs/report-moco-%/map-random.npz
 	$(PYTHON) plots.py runs/report-moco-$* --out $(@D) --report
 
 # "Contrastive Self-Supervised Image Classification using SimCLR". Its Table 1: {pretrained, random} x
@@ -55,7 +55,7 @@ runs/report-simclr-%/supervised-0.1/linear.pt: runs/report-simclr-%/pretrain.pt
 runs/report-simclr-%/supervised/linear.pt: runs/report-simclr-%/pretrain.pt
 	$(PYTHON) linear_eval.py $(<D) --recipe simclr-report --mode supervised --labels 1 --seed $(SEED) $(EVAL)
 
-figures/report-simclr-%/report.html: runs/report-simclr-%/knn.jsonl $(TABLE_1:%=runs/report-simclr-\%/%/linear.pt)
+figures/report-simclr-%/report.html: runs/report-simclr-%/map-random.npz $(TABLE_1:%=runs/report-simclr-\%/%/linear.pt)
 	$(PYTHON) plots.py runs/report-simclr-$* --out $(@D) --report
 
 # Fast-MoCo's own evaluations of a cifar-fast-moco run
@@ -71,3 +71,7 @@ race: figures/race-seed$(SEED)/table.md  ## the fewest minutes to 90% on one GPU
 
 runs/race-seed$(SEED)/pretrain.pt: | $(READY)
 	$(PYTHON) simclr.py --data '$(DATA)' --epochs 500 --knn-every 25 --seed $(SEED) --out $(@D)
+
+# make would delete the file of a rule that a signal stops, even if it is complete
+TRAINED := $(REPORT_MOCO) $(REPORT_SIMCLR) $(patsubst %,cifar-%-$(CIFAR),moco simclr fast-moco)
+.PRECIOUS: $(patsubst %,runs/%/pretrain.pt,$(TRAINED) race-seed$(SEED) demo-$(METHOD)-seed$(SEED))

@@ -106,7 +106,7 @@ def knn_predict(features, bank, bank_labels, classes, k, temperature):
     """
     similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T  # (N, M)
     similarity, nearest = similarity.topk(k, dim=1)  # (N, k)
-    weight = ((similarity - 1) / temperature).exp()  # exp(s / T) / exp(1 / T): the same vote
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # at most 1: none overflows
     return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
 
 
@@ -158,8 +158,8 @@ def measure_knn(path, checkpoint, config):
     scores = torch.cat([knn_predict(part, *vote) for part in h.split(1000)])  # (N, M) is too large
     correct = int((scores.argmax(1).cpu() == y).sum())
     what, epoch, seed = config.baseline, 0, config.seed
-    of = checkpoint.get("pretrain", checkpoint)  # a probe has epochs of its own
-    if what == "none":
+    of = (checkpoint["method"] != "supervised" and checkpoint.get("pretrain")) or checkpoint
+    if what == "none":  # of a probe: the epochs of its pretraining
         what, epoch, seed = checkpoint["method"], of["epoch"], checkpoint["machine"]["seed"]
     features = "pixels" if what == "pixels" else config.features
     row = dict(what=what, checkpoint=str(path), epoch=epoch, features=features)
@@ -546,11 +546,11 @@ def main(argv=None):
                 print(HEADER)
             print(LINE.format(**row), flush=True)
             folders.append(str(folder))
+            record(folder / "knn.jsonl", row)
             own = row["data_sha256"] == checkpoint["data"].get("sha256", row["data_sha256"])
             if config.out or own and not path.name.startswith("epoch"):  # what figures show
                 for name, found in arrays.items():
                     write_atomic(folder / name, lambda file, found=found: np.savez(file, **found))
-            record(folder / "knn.jsonl", row)
         if not config.out:
             print("next: python plots.py", shlex.join(dict.fromkeys(folders)))
         return 0

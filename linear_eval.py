@@ -674,7 +674,7 @@ def output_folder(file, kind, config):
     parts = ["random"] if config.init == "random" and config.mode != "supervised" else []
     parts += [config.mode] if config.mode != "probe" or config.labels < 1 else []
     parts += [f"{config.labels:g}"] if config.labels < 1 else []
-    parts = parts or ["probe"] * (kind == "linear")  # that folder has a linear.pt already
+    parts = parts or ["probe"] * (kind == "linear")  # that folder has, or is for, another linear.pt
     epoch = file.stem if file.stem.startswith("epoch") else ""  # one that --keep-every kept
     out = Path(config.out) if config.out else file.parent / "-".join(parts) / epoch
     if (out / "linear.pt").resolve() == file.resolve():
@@ -740,7 +740,7 @@ def measure(file, config):
     settings = SimpleNamespace(**about | vars(config))  # with size, mean and std of the images
     source = about.get("file", about["name"]) if config.data == about["name"] else config.data
     data = read_data(source, settings, about.get("sha256") if given == own else None)
-    out = output_folder(file, saved.get("kind"), config)
+    out = output_folder(file, saved.get("kind") if given == own else "linear", config)
     folder = str(file.parent if file.parent in (out, *out.parents) else out)
 
     encoder = encoder.to(device, memory_format=torch.channels_last)

@@ -46,7 +46,7 @@ def brute_force(features, bank, labels, classes, k, temperature):
             lengths = math.hypot(*h) * math.hypot(*v)
             similar.append((dot / lengths, label))
         for similarity, label in sorted(similar, reverse=True)[:k]:
-            scores[n, label] += math.exp((similarity - 1) / temperature)
+            scores[n, label] += math.exp((similarity - max(similar)[0]) / temperature)
     return scores
 
 
@@ -140,6 +140,14 @@ def test_feature_lengths_do_not_matter(vote):
     scores = knn_predict(h, bank, labels, 4, 20, 0.1)
     scaled = knn_predict(3 * h, scale * bank, labels, 4, 20, 0.1)
     torch.testing.assert_close(scaled, scores, rtol=1e-4, atol=1e-7)
+
+
+def test_a_low_temperature_leaves_the_vote_to_the_nearest(vote):
+    """It used to underflow, which made every vote one for class 0."""
+    h, bank, _, labels = vote
+    nearest = knn_predict(h, bank, labels, 4, 1, 0.1).argmax(1)
+    for temperature in (1e-4, 1e-8):
+        assert torch.equal(knn_predict(h, bank, labels, 4, 20, temperature).argmax(1), nearest)
 
 
 # The features
@@ -350,7 +358,7 @@ def test_a_full_disk_is_one_line(run, refused, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     says = refused(knn_monitor.main, [*FAST, run], "No space left on device", code=4)
-    assert ".npz': name another folder with --out" in says and not [*run.glob("*.tmp")]
+    assert "knn.jsonl': name another folder with --out" in says and not [*run.glob("*.tmp")]
 
 
 def test_older_checkpoints_name_their_data_as_the_flag_did(data, refused, tmp_path):

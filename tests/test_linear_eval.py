@@ -1092,6 +1092,7 @@ def test_other_images_than_those_of_the_pretraining_are_refused(pretrained, tmp_
     other = str(write_npz(tmp_path / "other.npz", seed=1))  # asked for, as are fewer images
     for flags in (["--data", other], ["--limit", "50"], ["--holdout", "20"]):
         assert linear_eval.main([str(run), *SHORT, *flags]) == 0
+    assert (run / "probe/linear.pt").exists() and not (run / "linear.pt").exists(), "not the run's"
 
 
 # -- what it says

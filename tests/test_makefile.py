@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -26,7 +28,7 @@ while [ "$1" ]; do
         moco_cifar.py | simclr.py | fast_moco.py) file=pretrain.pt ;;
         --report) file=report.html ;;
         plots.py) file=table.md ;;
-        random) if [ "$file" = linear.pt ]; then out=$out/random; fi ;;
+        random) if [ "$file" = linear.pt ]; then out=$out/random; else file=map-random.npz; fi ;;
         --out) out=$2 ;;
         tools/ablate.py) exit 0 ;;
         tools/make_shapes.py) file=$(basename $2); out=$(dirname $2) ;;
@@ -35,6 +37,7 @@ while [ "$1" ]; do
 done
 mkdir -p "$out"
 echo "$file" > "$out/$file"
+if [ -f slow ]; then sleep 60; fi
 """
 
 
@@ -58,8 +61,8 @@ def make(tree):
     own = "MAKEFLAGS MFLAGS MAKELEVEL MAKEOVERRIDES PYTHON DATA RECIPE EPOCHS SEED SEEDS".split()
     own += "ARGS EVAL METHOD NAME VENV SCALE".split()
 
-    def run(*argv, python="./python"):
-        environment = {key: value for key, value in os.environ.items() if key not in own}
+    def run(*argv, python="./python", **more):
+        environment = {key: value for key, value in os.environ.items() if key not in own} | more
         argv = ["make", *argv, *([f"PYTHON={python}"] if python else [])]
         return subprocess.run(argv, cwd=tree, capture_output=True, text=True, env=environment)
 
@@ -137,7 +140,7 @@ def test_the_parameters_reach_pretraining_and_stand_in_the_path(make):
 
 def test_all_of_the_baselines_are_measured(make):
     lines = planned(make("-n", *CHAIN))
-    for end in ("--init random --seed 1", "--baseline pixels", "--baseline random"):
+    for end in ("--init random --seed 1", "--baseline pixels", "--baseline random --seed 1"):
         assert sum(line.rstrip().endswith(f"runs/{RUN} {end}") for line in lines) == 1, end
 
 
@@ -209,7 +212,7 @@ def test_a_changed_script_does_not_run_anything_again(tree, calls):
 def test_stand_ins_of_a_finished_run_are_enough(tree, make):
     run = tree / "runs" / RUN
     age(run / "pretrain.pt", 100)
-    for path in (run / "linear.pt", run / "random/linear.pt", run / "knn.jsonl"):
+    for path in (run / "linear.pt", run / "random/linear.pt", run / "map-random.npz"):
         age(path, 50)
     age(tree / "figures" / RUN / "table.md", 20)
     assert planned(make("-n", *CHAIN)) == []
@@ -240,6 +243,35 @@ def test_a_broken_chain_goes_on_where_it_stopped(tree, make, calls, script):
     rest = calls(*CHAIN)
     assert rest[-1].startswith("plots.py") and rest[0].startswith(script)
     assert not {*done[:-1]} & {*rest} or script == "knn_monitor.py"  # whose target is one file
+
+
+def test_a_measurement_that_is_missing_is_made_up_for(tree, calls):
+    """After a kill in the middle of the three, or if one had been made by hand before"""
+    calls(*CHAIN)
+    age_all(tree)
+    (tree / "runs" / RUN / "map-random.npz").unlink()
+    (tree / "figures" / RUN / "table.md").unlink()
+    assert [line.split()[0] for line in calls(*CHAIN)] == ["knn_monitor.py"] * 3 + ["plots.py"]
+
+
+@pytest.mark.parametrize("target", ["cifar-simclr", "demo", "race", "report-moco"])
+def test_a_signal_after_training_does_not_cost_the_checkpoint(tree, target):
+    """make deletes the file of a rule that a signal stops, unless it is told not to."""
+    (tree / "slow").touch()
+    age(tree / "data/shapes.npz", 10)
+    argv, how = ["make", target, "PYTHON=./python"], dict(cwd=tree, stderr=subprocess.PIPE)
+    with subprocess.Popen(argv, start_new_session=True, **how) as process:
+        while not (found := [*tree.glob("runs/*/pretrain.pt")]):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGTERM)
+    assert process.returncode and found[0].exists()
+
+
+def test_a_name_in_the_environment_is_not_a_runs(make):
+    """WSL sets it to the machine's."""
+    lines = planned(make("-n", *CHAIN, NAME="TOWER"))
+    assert f"--out runs/{RUN} " in lines[0] + " "
 
 
 @pytest.mark.parametrize("target", [CHAIN, ["demo"]])

@@ -130,6 +130,13 @@ def test_what_was_measured_on_other_images_is_not_shown(finished, capsys):
     assert "random/linear.pt is of another epoch, run or data" in capsys.readouterr().out
 
 
+def test_of_several_probes_tables_take_the_plain_one(finished):
+    evaluated(finished, "fast-moco", top1=0.25)  # as make fast-moco-linear leaves one
+    run = plots.read_run(finished)
+    assert report.measured(run)["probe top-1 (%)"] == pytest.approx(55)
+    assert "55.00%" in report.table_1(run) and "25.00%" not in report.table_1(run)
+
+
 def test_a_class_without_a_test_image_has_no_accuracy(finished, draw, light, tmp_path):
     linear = torch.load(finished / "linear.pt", weights_only=True)
     linear["result"]["per_class"][3] = None

@@ -325,7 +325,9 @@ def test_a_run_that_was_stopped_is_no_row():
     assert results.grouped([demo(3)]) == [] and len(results.grouped([demo(200)])) == 1
 
 
-@pytest.mark.parametrize("other", [dict(epoch=1), dict(data_sha256="other"), dict(k=10)])
+@pytest.mark.parametrize(
+    "other", [dict(epoch=0), dict(epoch=1), dict(data_sha256="other"), dict(k=10)]
+)
 def test_a_number_of_another_epoch_of_other_images_or_of_another_k_is_not_the_runs(other):
     run = row(0, 800, data_sha256="own")
     run["knn"].append(run["knn"][0] | dict(correct=100) | other)

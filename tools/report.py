@@ -94,7 +94,7 @@ def measured(run):
     for e in run.evaluations.values():
         if (e.mode, e.init) == ("probe", "pretrained") and e.result:
             few = f", {100 * e.labels:g}% of the labels" * (e.labels < 1)
-            found[f"probe top-1{few} (%)"] = 100 * e.result["top1"]
+            found.setdefault(f"probe top-1{few} (%)", 100 * e.result["top1"])  # the plain one
     found["minutes"] = last["seconds"] / 60 if "seconds" in last else None
     return {what: value for what, value in found.items() if value is not None}
 
@@ -323,8 +323,8 @@ def evaluations_table(run):
 
 def table_1(run):
     """Fine-tuned end to end and frozen, for each share of the labels (SimCLR report, Table 1)"""
-    found = {(e.labels, e.init, e.mode): e.result for e in run.evaluations.values() if e.result}
-    rows = []
+    found = [e for e in run.evaluations.values() if e.result][::-1]  # of several, the first counts
+    found, rows = {(e.labels, e.init, e.mode): e.result for e in found}, []
     for labels in sorted({labels for labels, _, _ in found}):
         share, supervised = f"{100 * labels:g}% of the labels", (labels, "random", "supervised")
         for init, name in (("pretrained", run.label), ("random", "Random init")):

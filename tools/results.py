@@ -175,7 +175,8 @@ def by_protocol(row, run):
     """Is a k-NN row of this run's images and last epoch (of a baseline 0), and by our protocol?"""
     wanted = dict(k=200, temperature=0.1, data_sha256=run.get("data_sha256"))
     alike = all(row.get(key, value) == value for key, value in wanted.items())
-    return alike and row["epoch"] in (0, run["config"]["epochs"]) and row.get("features") != "head"
+    last = 0 if row["what"] in plots.BASELINES else run["config"]["epochs"]
+    return alike and row["epoch"] == last and row.get("features") != "head"
 
 
 def knn(group, what=None):
