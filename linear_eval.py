@@ -740,7 +740,8 @@ def measure(file, config):
     settings = SimpleNamespace(**about | vars(config))  # with size, mean and std of the images
     source = about.get("file", about["name"]) if config.data == about["name"] else config.data
     data = read_data(source, settings, about.get("sha256") if given == own else None)
-    out = output_folder(file, saved.get("kind") if given == own else "linear", config)
+    same = about.get("sha256") in (None, data.about["sha256"])  # the run's own images?
+    out = output_folder(file, saved.get("kind") if same else "linear", config)
     folder = str(file.parent if file.parent in (out, *out.parents) else out)
 
     encoder = encoder.to(device, memory_format=torch.channels_last)
@@ -778,12 +779,11 @@ def measure(file, config):
 
 def check_together(config):
     """UserError if settings do not go together."""
-    supervised = config.mode == "supervised"
     wrong = {
         "--out goes with one checkpoint": config.out and len(config.checkpoints) > 1,
         "--lr: only --mode probe takes several": len(config.lr) > 1 and config.mode != "probe",
         "--nesterov needs --sgd-momentum": config.nesterov and not config.sgd_momentum,
-        "--encoder-lr 0: needs --mode finetune": supervised and not config.encoder_lr,
+        "--encoder-lr 0: --mode finetune": config.mode == "supervised" and not config.encoder_lr,
     }
     for why in (why for why in wrong if wrong[why]):
         raise UserError(why)

@@ -688,7 +688,7 @@ def test_by_default_the_rate_is_chosen_where_30_fails(pretrained, tmp_path, caps
     write_npz(data, n_train=400, n_test=200, size=8)
     flags = [str(run), "--data", str(data), "--precision", "fp32", "--epochs", "40"]
     assert linear_eval.main(flags) == 0
-    said, saved = capsys.readouterr(), read(run / "linear.pt")
+    said, saved = capsys.readouterr(), read(run / "probe/linear.pt")
     chosen, rates = saved["result"]["lr"], saved["result"]["rates"]
     assert [row["lr"] for row in rates] == list(Config().lr) and max(Config().lr) == 30
     best = max(row["top1"] for row in rates)
@@ -888,7 +888,7 @@ FOLDERS = {
     "--mode finetune --init random --labels 0.1": "random-finetune-0.1",
     "--mode supervised": "supervised",
     "--mode supervised --init random --labels 0.1": "supervised-0.1",
-    "--recipe demo --holdout 20": "",
+    "--recipe demo --holdout 20": "probe",
 }
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +58,20 @@ def test_a_comparison_grows_over_several_sittings(monkeypatch):
     first = results.collect_comparison("momentum", [run("b", 1), run("c", 1)])
     both = results.collect_comparison("momentum", [run("c", 2), run("a", 2)], first["runs"])
     assert [(r["name"], r["machine"]) for r in both["runs"]] == [("a", 2), ("b", 1), ("c", 2)]
+
+
+def test_a_comparison_of_nothing_is_one_line_and_writes_nothing(tmp_path):
+    argv = [
+        sys.executable,
+        ROOT / "tools/results.py",
+        tmp_path / "ablate-x-y/a",
+        "--ablation",
+        "queue",
+    ]
+    process = subprocess.run(argv, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert "ablate-x-y/a: no such file" in process.stderr
+    assert not (ROOT / "results/comparisons/x-y.json").exists()
 
 
 def test_what_the_jpeg_copy_is_worth_is_as_measured():

@@ -712,15 +712,17 @@ def collect_comparison(name, folders, published=()):
 
 def comparisons(folder=ROOT / "results" / "comparisons"):
     """-> {name of the file: name of the comparison, {setting: its runs}}"""
-    found = {}
-    for file in sorted(folder.glob("*.json")):
-        saved = json.loads(file.read_text())
-        runs = [SimpleNamespace(**run, path=run["name"]) for run in saved["runs"]]
-        for run in runs:
-            probes = run.evaluations.items()
-            run.evaluations = {name: SimpleNamespace(**probe) for name, probe in probes}
-        found[file.stem] = saved["comparison"], report.group_runs(saved["comparison"], runs)
-    return found
+    saved = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return {stem: (one["comparison"], settings_of(one)) for stem, one in saved.items()}
+
+
+def settings_of(saved):
+    """-> {setting: its runs} of a comparison, as tools/report.py wants them"""
+    runs = [SimpleNamespace(**run, path=run["name"]) for run in saved["runs"]]
+    for run in runs:
+        probes = run.evaluations.items()
+        run.evaluations = {name: SimpleNamespace(**probe) for name, probe in probes}
+    return report.group_runs(saved["comparison"], runs)
 
 
 def rebuild_comparisons(folder=ROOT / "docs"):
@@ -767,8 +769,12 @@ if __name__ == "__main__":
         file = ROOT / "results" / "comparisons" / f"{stem}.json"
         file.parent.mkdir(exist_ok=True)
         old = json.loads(file.read_text())["runs"] if file.exists() else ()
-        comparison = collect_comparison(args.ablation, args.runs, old)
-        file.write_text(json.dumps(comparison) + "\n")
+        try:  # nothing is written if there is nothing to compare
+            comparison = json.dumps(collect_comparison(args.ablation, args.runs, old))
+            settings_of(json.loads(comparison))
+        except plots.UserError as error:
+            sys.exit(f"error: {error}")
+        file.write_text(comparison + "\n")
     elif args.runs and not args.data:
         parser.error("say with --data what the images are")
     for run in args.runs if args.data else ():
