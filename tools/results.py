@@ -42,7 +42,7 @@ import plots  # noqa: E402
 # between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
 PAGES = {
     "README.md": ["best"],
-    "docs/results.md": ["runs", "tuning", "labels", "speed"],
+    "docs/results.md": ["runs", "tuning", "labels", "report_moco", "speed"],
     "docs/race.md": ["race"],
 }
 # files whose code has since changed in a way that matters: their rows say so
@@ -72,6 +72,9 @@ def evaluation(linear, folder):
     """What is kept of a linear.pt, and of those of kept checkpoints in the same folder"""
     how = dict(config=without(linear["config"], LOCAL), machine=linear["machine"])
     along = plots.read_evaluation(folder).along
+    if linear["config"].get("lr") == (10.0,):  # the report's: what it does before it falls
+        keys = "epoch", "lr", "top1", "top5", "test_loss"
+        how["history"] = [{key: row[key] for key in keys} for row in linear["history"]]
     return linear["result"] | how | (dict(along=along) if along else {})
 
 
@@ -381,14 +384,16 @@ def table_of_labels(results):
             if kind in LABELS:
                 cells = cells_of(group)
                 row = {name: cells[name] for name in ("method", "images", "encoder", "epochs")}
+                recipe = group[0]["config"].get("optimizer"), group[0]["config"].get("head")
+                of_report = group[0]["method"] == "simclr" and recipe == ("adam", "linear")
+                row["method"] += ", as the report" * of_report
                 row |= {"evaluation": LABELS[kind][0], "labels": f"{100 * float(share):g}%"}
                 row |= {"seeds": len(found)}
                 for k in (1, 3):
                     values = [each["correct"][f"top{k}"] / each["n_test"] for each in found]
                     row[f"top-{k} %"] = show(values)
                 share_said = "1" if kind == "supervised" else "0.1"  # in the SimCLR report
-                said = group[0]["method"] == "simclr" and share == share_said
-                printed = LABELS[kind][1] if said else ""  # the report has no others
+                printed = LABELS[kind][1] if of_report and share == share_said else ""
                 rows.append(row | {"the report, ResNet-50": printed})
     return markdown(rows)
 
@@ -415,6 +420,13 @@ def table_of_report_moco(results):
                 for k in ("top1", "top5"):
                     row[f"{k[:3]}-{k[3]} %"] = show([e["correct"][k] / e["n_test"] for e in found])
                 rows.append(row | {"loss": f"{statistics.mean(e['test_loss'] for e in found):.2f}"})
+            high = [r for e in found for r in e.get("history", [])[20:] if r["lr"] == 10]
+            if high and name == "probe":
+                what = f"{kind}, mean of epochs 21 to {high[-1]['epoch']}: before the rate falls"
+                mean = {key: statistics.mean(r[key] for r in high) for key in high[0]}
+                row |= {"evaluation": what, "top-1 %": f"{100 * mean['top1']:.1f}"}
+                row |= {"top-5 %": f"{100 * mean['top5']:.1f}", "loss": f"{mean['test_loss']:.2f}"}
+                rows.append(row)
     said = "resnet18, width 64", 100, 1, "the report", 10, "41.0", "87.4", "67.39"
     return markdown([*rows, dict(zip(rows[0], said))])
 
@@ -516,6 +528,7 @@ PICTURES = {
     "knn-epochs.png": (panels_of_best, "epoch", True),
     "knn-minutes.png": (panels_of_data, "minutes", True),
     "fast-moco-small.png": (panels_of_patches, "epoch", False),
+    "along.png": (),
 }
 
 
