@@ -106,7 +106,7 @@ def knn_predict(features, bank, bank_labels, classes, k, temperature):
     """
     similarity = F.normalize(features, dim=1) @ F.normalize(bank, dim=1).T  # (N, M)
     similarity, nearest = similarity.topk(k, dim=1)  # (N, k)
-    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # at most 1: none overflows
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()  # exp(s / T) but for a factor
     return weight.new_zeros(len(weight), classes).scatter_add_(1, bank_labels[nearest], weight)
 
 

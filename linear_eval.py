@@ -783,7 +783,7 @@ def check_together(config):
         "--out goes with one checkpoint": config.out and len(config.checkpoints) > 1,
         "--lr: only --mode probe takes several": len(config.lr) > 1 and config.mode != "probe",
         "--nesterov needs --sgd-momentum": config.nesterov and not config.sgd_momentum,
-        "--encoder-lr 0: --mode finetune": config.mode == "supervised" and not config.encoder_lr,
+        "--encoder-lr 0 needs mode finetune": config.mode == "supervised" and not config.encoder_lr,
     }
     for why in (why for why in wrong if wrong[why]):
         raise UserError(why)

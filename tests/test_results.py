@@ -61,14 +61,8 @@ def test_a_comparison_grows_over_several_sittings(monkeypatch):
 
 
 def test_a_comparison_of_nothing_is_one_line_and_writes_nothing(tmp_path):
-    argv = [
-        sys.executable,
-        ROOT / "tools/results.py",
-        tmp_path / "ablate-x-y/a",
-        "--ablation",
-        "queue",
-    ]
-    process = subprocess.run(argv, capture_output=True, text=True)
+    argv = [sys.executable, "tools/results.py", tmp_path / "ablate-x-y/a", "--ablation", "queue"]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
     assert "ablate-x-y/a: no such file" in process.stderr
     assert not (ROOT / "results/comparisons/x-y.json").exists()

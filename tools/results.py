@@ -407,7 +407,8 @@ REPORT_MOCO = {  # where an evaluation is found in a file: what it is
 
 def table_of_report_moco(results):
     """`make report-moco` with a smaller encoder and fewer epochs, beside its report's Figure 6"""
-    usual, rows = dict(batch_size=128, lr=0.015, weight_decay=1e-6, key_momentum=0.99), []
+    recipe, rows = importlib.import_module("moco_cifar").RECIPES["report"], []
+    usual = without(recipe, ["epochs"])
     for group in grouped(results):
         if not is_cifar10(group) or not usual.items() <= group[0]["config"].items():
             continue
@@ -638,10 +639,8 @@ def draw_along(panels):
     for axes, title in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         curves, levels = panels[title]
         for kind, share, points in curves:
-            rows, label = (
-                [dict(epoch=e, top1=y) for e, y in points],
-                f"{kind}, {share:.0%} of labels",
-            )
+            rows = [dict(epoch=epoch, top1=top1) for epoch, top1 in points]
+            label = f"{kind}, {share:.0%} of labels"
             plots.draw_curve(axes, rows, "top1", label, kinds.index(kind), 100)
             axes.lines[-1].set_color(f"C{colors[share]}")
         for share, top1 in levels:
