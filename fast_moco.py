@@ -830,7 +830,7 @@ STATEFUL = "model", "optimizer", "scaler"
 MAY_CHANGE = "out data data_dir device knn_every knn_k keep_every save_seconds compile restart"
 OF_A_RUN = """pretrain.pt pretrain.jsonl last.pt prev.pt epoch*.pt knn.jsonl map*.npz neighbours.npz
     linear.* epoch*/linear.* random*/linear.* random*/epoch*/linear.* supervised*/linear.*
-    probe-*/linear.* probe-*/epoch*/linear.* finetune*/linear.* finetune*/epoch*/linear.*"""
+    probe*/linear.* probe*/epoch*/linear.* finetune*/linear.* finetune*/epoch*/linear.*"""
 
 
 class Run:

@@ -298,7 +298,7 @@ def test_no_state_can_be_read(flags, interrupted, refused):
     assert (out / "last.pt").exists()
     of_it = "linear.pt", "linear.jsonl", "knn.jsonl", "map-random.npz", "epoch0002/linear.pt"
     of_it += "random/linear.pt", "supervised-0.1/linear.jsonl", "finetune-0.1/linear.pt"
-    of_it += "probe-0.1/epoch0002/linear.pt", "last.pt.1234.tmp"
+    of_it += "probe/linear.pt", "probe-0.1/epoch0002/linear.pt", "last.pt.1234.tmp"
     others = "mine.pt", "mine.npz", "mine/linear.pt", "mine.tmp"
     for name in (*of_it, *others):
         (out / name).parent.mkdir(exist_ok=True, parents=True)
