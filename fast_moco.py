@@ -102,7 +102,8 @@ class Config:
 
 RECIPES = {
     "cifar": {},  # the defaults: the paper's but for epochs, temperature and blur
-    "cpu": dict(width=16, head_hidden=256, dim=128, predictor_hidden=64, epochs=40, batch_size=256),
+    "cpu": dict(width=16, head_hidden=256, dim=128, predictor_hidden=64)
+    | dict(epochs=40, batch_size=256, lr=0.4),
     "paper": dict(epochs=100, temperature=1.0, blur=0.5),  # Table 1
     "paper-20": dict(epochs=20, lr=0.15, temperature=1.0, blur=0.5),  # Table 1, for its ablations
     "adamw": dict(optimizer="adamw", lr=1e-3, weight_decay=0.05),  # usual values; C.4 gives none
@@ -320,9 +321,8 @@ def montage(encoder, patches, grid):
     shuffles = [torch.randperm(len(part), device=part.device) for part in parts]
     parts = [part[shuffle] for part, shuffle in zip(parts, shuffles)]
     columns = [torch.cat(parts[i : i + grid], dim=2) for i in range(0, grid**2, grid)]
-    x = torch.cat(columns, dim=3)  # (N, 3, H, W)
-    x = encoder[:-2](x)  # all but the average and the flattening
-    v = divide(x, grid).mean((2, 3)).chunk(grid**2)  # 4 x (N, D)
+    maps = encoder[:-2](torch.cat(columns, dim=3))  # all but the average and the flattening
+    v = divide(maps, grid).mean((2, 3)).chunk(grid**2)  # 4 x (N, D)
     return torch.cat([part[shuffle.argsort()] for part, shuffle in zip(v, shuffles)])
 
 

@@ -614,7 +614,8 @@ CIFAR = (
 
 CHANGES = {
     "cifar": {},
-    "cpu": dict(width=16, head_hidden=256, dim=128, predictor_hidden=64, epochs=40, batch_size=256),
+    "cpu": dict(width=16, head_hidden=256, dim=128, predictor_hidden=64)
+    | dict(epochs=40, batch_size=256, lr=0.4),
     "paper": dict(epochs=100, temperature=1.0, blur=0.5),  # Table 1
     "paper-20": dict(epochs=20, lr=0.15, temperature=1.0, blur=0.5),  # Table 1, second column
     "adamw": dict(optimizer="adamw", lr=1e-3, weight_decay=0.05),  # C.4 has no figures: ours
