@@ -334,6 +334,13 @@ def test_an_unknown_name_is_refused_with_the_names():
     assert process.returncode == 2 and "temperature" in process.stderr
 
 
+@pytest.mark.parametrize("epochs", ["0", "-1"])
+def test_fewer_than_one_epoch_is_refused(epochs):
+    argv = [sys.executable, "tools/ablate.py", NAME, "--dry-run", "--epochs", epochs]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and f"--epochs {epochs}: must be" in process.stderr
+
+
 # what the mechanisms cost
 TINY = "--arch resnet8 --width 4 --device cpu --steps 1 --batch-size 16 32 --cap".split()
 SIZES = [(name, n, n - 1) for name in ("moco", "memory-bank", "end-to-end") for n in (16, 32)]

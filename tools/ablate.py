@@ -155,6 +155,8 @@ if __name__ == "__main__":
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     args = parser.parse_args()
+    if args.epochs is not None and args.epochs < 1:
+        parser.error(f"--epochs {args.epochs}: must be at least 1")
     runs, figure = plan(args)
     if args.missing:
         done = published(next(iter(runs)).parent.name)
