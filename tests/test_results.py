@@ -192,6 +192,15 @@ def test_seeds_share_a_row():
     assert "82.0 ± 2.0" in line and "| 3 |" in line
 
 
+def test_a_row_names_all_machines_of_its_seeds():
+    other = row(1, 820)
+    other["machine"] |= {"device": "cpu y", "precision": "torch.bfloat16"}
+    (line,) = rows(results.table_of_runs([row(0, 800), other, row(2, 840)]))
+    assert "82.0 ± 2.0" in line and "| x, 2 threads, float32; y, 2 threads, bfloat16 |" in line
+    other["machine"] |= {"device": "cuda y"}
+    assert len(rows(results.table_of_runs([row(0, 800), other]))) == 2
+
+
 def test_one_seed_has_no_deviation():
     assert "±" not in results.table_of_runs([row(0, 800)])
 

@@ -42,7 +42,7 @@ import plots  # noqa: E402
 # between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
 PAGES = {
     "README.md": ["best"],
-    "docs/results.md": ["runs", "tuning", "labels", "report_moco", "speed"],
+    "docs/results.md": ["runs", "tuning", "labels", "report_moco", "demo", "speed"],
     "docs/race.md": ["race"],
 }
 # files whose code has since changed in a way that matters: their rows say so
@@ -149,9 +149,9 @@ def grouped(results, tuning=False):
     groups = {}
     for result in (r for r in results if "history" in r and not stopped(r)):
         if bool(result["data"].get("holdout")) == tuning:
-            where = result["machine"]["device"], result["machine"]["precision"]
+            device = result["machine"]["device"].partition(" ")[0]  # cpu or cuda
             config = without(result["config"], ["seed"])
-            key = json.dumps([result["method"], result["data"], config, where], sort_keys=True)
+            key = json.dumps([result["method"], result["data"], config, device], sort_keys=True)
             groups.setdefault(key, []).append(result)
 
     def place(group):
@@ -222,6 +222,10 @@ def machine_of(result):
     return f"{name}, {threads}, {machine['precision'].removeprefix('torch.')}"
 
 
+def machines_of(group):
+    return "; ".join(dict.fromkeys(map(machine_of, group)))
+
+
 def cells_of(group):
     """What tables say of a group, by column"""
     run, config, name = group[0], group[0]["config"], group[0]["method"]
@@ -246,7 +250,7 @@ def cells_of(group):
         "untrained k-NN %": show(knn(group, "random")),
         "PFLOP": f"{config['epochs'] * training_flop(group) / 1e15:.2g}",
         "minutes": f"{statistics.median(seconds) / 60:.1f}" if seconds else "",
-        "machine": machine_of(run),
+        "machine": machines_of(group),
         "date": run["machine"]["started"][:10],
         "commit": run["machine"]["commit"][:7],
     }
@@ -530,6 +534,7 @@ PICTURES = {
     "knn-minutes.png": (panels_of_data, "minutes", True),
     "fast-moco-small.png": (panels_of_patches, "epoch", False),
     "along.png": (),
+    "demo.png": (),
 }
 
 
@@ -574,7 +579,7 @@ def draw_knn(panels, against, band):
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
     ):
         encoders, drawn = {encoder_of(group) for group in groups}, Counter()
-        machines = {machine_of(group[0]) for group in groups}
+        machines = {machines_of(group) for group in groups}
         several = len({group[0]["method"] for group in groups}) > 1
         styles = itertools.cycle(plots.DASHES[1:])
         for place, group in enumerate(groups):
@@ -586,7 +591,7 @@ def draw_knn(panels, against, band):
             label += f", T {group[0]['config'].get('temperature')}" * (len(others) > 1)
             label += f", {group[0]['config']['epochs']} epochs: {show(knn(group))}"
             label = plots.fill(label, 50)
-            label += f"\n({machine_of(group[0])})" * (len(machines) > 1 and against == "minutes")
+            label += f"\n({machines_of(group)})" * (len(machines) > 1 and against == "minutes")
             i = [*SCRIPTS].index(method) if several else place  # a colour per method
             end, deviation = rows[-1], 100 * rows[-1].get("± knn_top1", 0)
             if not band:
