@@ -143,7 +143,7 @@ def stopped(run):
 
 
 def grouped(results, tuning=False):
-    """Lists of runs that differ only in their seed: real images first, and most of them first.
+    """Lists of runs that differ only in seed and CPU: real images first, and most of them first.
     tuning: those that were evaluated on held-out training images, to choose settings with
     """
     groups = {}
