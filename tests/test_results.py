@@ -1,5 +1,6 @@
 """Honest reporting: the numbers on the pages are those of the files in results/."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 import matplotlib
 import pytest
 import torch
+
+import simclr
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -261,7 +264,29 @@ def test_a_run_to_choose_settings_with_is_no_result():
         assert "80.0" in table([row(0, 800), tuned]) and "90.0" not in table([row(0, 800), tuned])
     tuned["config"] = tuned["config"] | {"symmetric": True}
     (line,) = rows(results.table_of_tuning([row(0, 800), tuned]))
-    assert "90.0" in line and "| --symmetric |" in line
+    assert "90.0" in line and " --symmetric " in line
+
+
+def test_what_gains_in_as_much_work_stands_beside_the_recipe():
+    def tuned(correct, epochs=6, **more):
+        run = row(0, correct, "simclr")
+        recipe = dataclasses.asdict(simclr.parse_config(["--recipe", "cpu"]))
+        run["config"] = recipe | dict(holdout=5000, epochs=epochs) | more
+        run["data"] |= dict(holdout=5000, n_train=45_000)
+        run["knn"][0]["epoch"] = epochs
+        return run
+
+    made = [tuned(500), tuned(520, seed=1), tuned(530, lr=0.06, batch_size=128)]
+    made += [tuned(480, 4, idea="rotation"), row(0, 900, "simclr")]
+    table = [line[2:-2].split(" | ") for line in rows(results.table_of_efficiency(made))]
+    assert table == [
+        ["--batch-size 128 --lr 0.06", "6", "0.11", "53.0", "1", "+2.0"],
+        ["(the recipe)", "6", "0.11", "51.0 ± 1.4", "2", ""],
+        ["tools/ideas.py rotation", "4", "0.11", "48.0", "1", "-3.0"],
+    ]
+    table = results.table_of_tuning(made)
+    assert "| 0.06 | 32 | --batch-size 128 |" in table and "| tools/ideas.py rotation |" in table
+    assert "python tools/ideas.py rotation --holdout 5000 --width 16 " in table
 
 
 def test_a_number_of_the_head_is_not_shown_as_the_backbones():
@@ -317,6 +342,19 @@ def test_the_demo_stands_beside_its_own_log_at_the_epochs_known_of_both():
     (knn, loss) = results.draw_demo(results.demo_log(runs)).axes
     assert [line.get_xdata().tolist() for line in knn.lines] == [[1, 2, 3], [1, 2]]
     assert [line.get_ydata().tolist() for line in loss.lines] == [[7.1, 7.2, 7.3], [6.957, 7.25]]
+
+
+def test_the_demos_first_epochs_at_width_16_stand_beside_what_differs():
+    runs = [demo(5), demo(2, width=16), demo(2, width=16, seed=1), demo(6, width=16, idea="any")]
+    runs[2]["knn"][0]["correct"] = 330
+    runs[2]["history"][0]["loss"] = 7.3
+    runs += [demo(200, width=16), demo(1, width=16, lr=0.1), demo(3, width=8)]
+    table = [line.split(" | ")[:8] for line in rows(results.table_of_demo_small(runs))]
+    assert table == [
+        ["| ", "2", "32.0 ± 1.4", "32.0", "", "7.200 ± 0.141", "7.200", ""],
+        ["| --lr 0.1", "1", "31.0", "", "", "7.100", "", ""],
+        ["| tools/ideas.py any", "1", "31.0", "32.0", "", "7.100", "7.200", "7.500"],
+    ]
 
 
 def test_accuracy_along_the_pretraining_is_drawn_beside_supervised_networks():

@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import ideas  # noqa: E402
 import report  # noqa: E402
 
 import plots  # noqa: E402
@@ -51,8 +52,6 @@ SCRIPTS = {"moco": "moco_cifar", "simclr": "simclr", "fast-moco": "fast_moco"}
 LOCAL = ("out", "data", "data_dir", "checkpoints")  # settings that only name places on a machine
 # and those that no accuracy depends on
 WITHOUT_EFFECT = (*LOCAL, *"seed device knn_every keep_every save_seconds compile restart".split())
-# tried to choose a recipe, and too rarely for a column of their own
-OTHERWISE = "head", "symmetric", "bn_splits", "key_momentum", "encode"
 
 
 # %% From a run's folder to a file
@@ -207,12 +206,12 @@ def probe(group, name="probe"):
     return [p["correct"]["top1"] / p["n_test"] for p, guess in found if p["test_loss"] < guess]
 
 
-def show(values):
+def show(values, scale=100, digits=1):
     """Fractions -> mean ± standard deviation, in percent; or the one value that all are"""
-    values = [100 * value for value in values]
+    values = [scale * value for value in values]
     if len(set(values)) < 2:
-        return f"{values[0]:.1f}" if values else ""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        return f"{values[0]:.{digits}f}" if values else ""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def machine_of(result):
@@ -242,7 +241,6 @@ def cells_of(group):
         "temperature": config.get("temperature"),
         "learning rate": config.get("lr"),
         "image size": config.get("image_size"),
-        "otherwise": " ".join(flag for name, flag in flags_of(group).items() if name in OTHERWISE),
         "seeds": len(group),
         "k-NN %": show(knn(group)),
         "probe %": show(probe(group)),
@@ -272,16 +270,19 @@ def training_flop(group):
     run, config = group[0], group[0]["config"]
     passes = {"simclr": 6, "fast-moco": 8, "moco": 4}[run["method"]]
     passes = {"memory-bank": 3, "end-to-end": 6}.get(config.get("mechanism"), passes)
-    passes *= 1 + config.get("symmetric", False)
+    passes *= (1 + config.get("symmetric", False)) * ideas.WORK.get(config.get("idea"), 1)
     shape = config["arch"], config["width"], run["data"].get("image_size", 32)
     return passes * run["data"]["n_train"] * forward_flop(SCRIPTS[run["method"]], *shape)
 
 
-def flags_of(group):
-    """The settings of the first of the runs that are not its script's defaults -> {name: flag}"""
-    script, config, flags = SCRIPTS[group[0]["method"]], group[0]["config"], {}
-    for name, usual in dataclasses.asdict(importlib.import_module(script).Config()).items():
-        value = config.get(name, usual)
+def flags_of(group, recipe=None):
+    """The settings of the first of the runs that are not its script's defaults or, if it is given,
+    its recipe's -> {name: flag}
+    """
+    script, config = importlib.import_module(SCRIPTS[group[0]["method"]]), group[0]["config"]
+    flags = {}
+    for name, usual in dataclasses.asdict(script.Config()).items():
+        value, usual = config.get(name, usual), script.RECIPES.get(recipe, {}).get(name, usual)
         value = tuple(value) if isinstance(value, list) else value
         if name not in WITHOUT_EFFECT and value != usual:
             flag = name.replace("_", "-")
@@ -291,9 +292,18 @@ def flags_of(group):
     return flags
 
 
+def changes_of(group):
+    """How the first of the runs differs from --recipe cpu, but for its length -> {name: flag}"""
+    flags = without(flags_of(group, "cpu"), ("epochs", "holdout"))
+    idea = group[0]["config"].get("idea")
+    return flags | ({"idea": f"tools/ideas.py {idea}"} if idea else {})
+
+
 def command_of(group):
     """The command that repeats the first of the runs, with the scripts as they are now"""
-    words = ["python", f"{SCRIPTS[group[0]['method']]}.py"]
+    idea = group[0]["config"].get("idea")
+    script = f"tools/ideas.py {idea}" if idea else f"{SCRIPTS[group[0]['method']]}.py"
+    words = ["python", script]
     files = {name: flag for flag, name in plots.DATASETS.items()}
     file = files.get(name_of_data(group), "FILE.npz") if is_real(group) else "data/shapes.npz"
     words += ["--data", file] * (file != "cifar10")
@@ -308,7 +318,7 @@ def markdown(rows, columns=None):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def with_commands(groups, columns=None):
+def with_commands(groups, columns=None, cells_of=cells_of):
     """A table of groups, its rows numbered, and the command of each row"""
     rows = [{"": i} | cells_of(group) for i, group in enumerate(groups, 1)]
     commands = [f"{command_of(group)}  # {i}" for i, group in enumerate(groups, 1)]
@@ -328,7 +338,26 @@ def table_of_tuning(results):
     """The runs with which the settings of --recipe cpu were chosen, the best first"""
     columns = ["", "method", "temperature", "learning rate", "image size", "otherwise", "epochs"]
     columns += ["k-NN %", "PFLOP", "machine", "date"]
-    return with_commands(grouped(results, tuning=True), columns)
+    own = "temperature", "lr", "image_size"  # have columns
+
+    def cells(group):
+        others = without(changes_of(group), own).values()
+        return cells_of(group) | {"otherwise": " ".join(others)}
+
+    return with_commands(grouped(results, tuning=True), columns, cells)
+
+
+def table_of_efficiency(results):
+    """What gains on SimCLR's recipe in as much work: accuracies on held-out training images"""
+    groups = [g for g in grouped(results, tuning=True) if g[0]["method"] == "simclr"]
+    rows, (usual,) = [], [mean_knn(group) for group in groups if not changes_of(group)]
+    for group in groups:
+        what, cells = " ".join(changes_of(group).values()), cells_of(group)
+        row = {"instead of the recipe's": what or "(the recipe)", "epochs": cells["epochs"]}
+        row |= {"PFLOP": cells["PFLOP"], "k-NN %": cells["k-NN %"], "seeds": cells["seeds"]}
+        gain = 100 * (mean_knn(group) - usual)
+        rows.append(row | {"difference": f"{gain:+.1f}" if what else ""})
+    return markdown(rows)
 
 
 def table_of_race(results):
@@ -441,19 +470,19 @@ OFFICIAL = {1: (31.98, 6.957), 2: (33.52, 7.250), 5: (37.95, 6.862), 10: (48.03,
 OFFICIAL |= {20: (61.38, 4.341), 30: (67.05, 3.692), 50: (73.30, 3.195)}
 
 
-def demo_log(results):
-    """{epoch: (k-NN in % on the head or None, loss)} of the run with the demo's settings that got
-    furthest, stopped or not
-    """
-    runs = [r for r in results if r.get("method") == "moco" and is_cifar10([r])]
-    runs = [r for r in runs if not flags_of([r]) and not r["data"].get("holdout")]
-    if not runs:
-        return {}
-    run = max(runs, key=lambda run: run["history"][-1]["epoch"])
+def log_of(run):
+    """{epoch: (k-NN in % on the head or None, loss)}"""
     wanted = dict(what="moco", features="head", k=200, temperature=0.1)
     rows = [row for row in run["knn"] if wanted.items() <= row.items()]
     knn = {row["epoch"]: 100 * row["correct"] / row["n_test"] for row in rows}
     return {row["epoch"]: (knn.get(row["epoch"]), row["loss"]) for row in run["history"]}
+
+
+def demo_log(results):
+    """That of the run with the demo's settings that got furthest, stopped or not"""
+    runs = [r for r in results if r.get("method") == "moco" and is_cifar10([r])]
+    runs = [r for r in runs if not flags_of([r]) and not r["data"].get("holdout")]
+    return log_of(max(runs, key=lambda run: run["history"][-1]["epoch"])) if runs else {}
 
 
 def table_of_demo(results):
@@ -464,6 +493,27 @@ def table_of_demo(results):
             row = {"epoch": epoch, "k-NN %": f"{knn:.2f}", "the demo's k-NN %": OFFICIAL[epoch][0]}
             row |= {"difference": f"{knn - OFFICIAL[epoch][0]:+.2f}", "loss": f"{loss:.3f}"}
             rows.append(row | {"the demo's loss": f"{OFFICIAL[epoch][1]:.3f}"})
+    return markdown(rows)
+
+
+def table_of_demo_small(results):
+    """The demo's first epochs at width 16, and what some of its differences from the official one
+    are worth
+    """
+    groups = {}
+    for run in (r for r in results if "history" in r and stopped(r) and is_cifar10([r])):
+        flags = flags_of([run])
+        if flags.pop("width", "") == "--width 16":
+            idea = [f"tools/ideas.py {run['config']['idea']}"] if "idea" in run["config"] else []
+            groups.setdefault(" ".join([*flags.values(), *idea]), []).append(run)
+    rows = []
+    for otherwise, runs in sorted(groups.items()):
+        row, logs = {"otherwise": otherwise, "seeds": len(runs)}, [*map(log_of, runs)]
+        for i, (what, digits) in enumerate([("k-NN %", 1), ("loss", 3)]):
+            for epoch in (1, 2, 5):
+                found = [log[epoch][i] for log in logs if epoch in log and log[epoch][i]]
+                row[f"{what}, epoch {epoch}"] = show(found, 1, digits)
+        rows.append(row | {"machine": machines_of(runs)})
     return markdown(rows)
 
 
