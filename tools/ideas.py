@@ -4,7 +4,8 @@
     python knn_monitor.py runs/rotation
 
 The flags after the idea's name are those of its script: moco_cifar.py for jitter-order, simclr.py
-for the others. The checkpoint has one more setting, `idea`. What they gained: docs/race.md.
+for the others, in one process only. The checkpoint has one more setting, `idea`. What they gained:
+docs/race.md; what jitter-order changes: docs/results.md.
 """
 
 import argparse
