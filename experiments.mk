@@ -70,7 +70,7 @@ $(FAST_MOCO)/fast-moco/linear.pt $(FAST_MOCO)/semi-1/linear.pt $(FAST_MOCO)/semi
 race: figures/race-seed$(SEED)/table.md  ## the fewest minutes to 90% on one GPU: docs/race.md
 
 runs/race-seed$(SEED)/pretrain.pt: | $(READY)
-	$(PYTHON) simclr.py --data '$(DATA)' --epochs 500 --knn-every 25 --seed $(SEED) --out $(@D)
+	$(PYTHON) simclr.py --data '$(DATA)' --temperature 0.2 --epochs 200 --knn-every 25 --seed $(SEED) --out $(@D)
 
 # make would delete the file of a rule that a signal stops, even if it is complete
 TRAINED := $(REPORT_MOCO) $(REPORT_SIMCLR) $(patsubst %,cifar-%-$(CIFAR),moco simclr fast-moco)

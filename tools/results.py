@@ -43,8 +43,8 @@ import plots  # noqa: E402
 # between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
 PAGES = {
     "README.md": ["best"],
-    "docs/results.md": ["runs", "tuning", "labels", "report_moco", "demo", "speed"],
-    "docs/race.md": ["race"],
+    "docs/results.md": ["runs", "tuning", "labels", "report_moco", "demo", "demo_small", "speed"],
+    "docs/race.md": ["race", "efficiency"],
 }
 # files whose code has since changed in a way that matters: their rows say so
 STALE = ["bench-intel-r-xeon-r-processor*"]  # before the scripts were simplified
@@ -146,10 +146,11 @@ def grouped(results, tuning=False):
     tuning: those that were evaluated on held-out training images, to choose settings with
     """
     groups = {}
-    for result in (r for r in results if "history" in r and not stopped(r)):
+    ended = [result for result in results if "history" in result and not stopped(result)]
+    for result in sorted(ended, key=lambda result: result["config"]["seed"]):
         if bool(result["data"].get("holdout")) == tuning:
             device = result["machine"]["device"].partition(" ")[0]  # cpu or cuda
-            config = without(result["config"], ["seed"])
+            config = without(result["config"], WITHOUT_EFFECT)
             key = json.dumps([result["method"], result["data"], config, device], sort_keys=True)
             groups.setdefault(key, []).append(result)
 
@@ -507,12 +508,13 @@ def table_of_demo_small(results):
             idea = [f"tools/ideas.py {run['config']['idea']}"] if "idea" in run["config"] else []
             groups.setdefault(" ".join([*flags.values(), *idea]), []).append(run)
     rows = []
-    for otherwise, runs in sorted(groups.items()):
-        row, logs = {"otherwise": otherwise, "seeds": len(runs)}, [*map(log_of, runs)]
-        for i, (what, digits) in enumerate([("k-NN %", 1), ("loss", 3)]):
+    for what, runs in sorted(groups.items()):
+        row, logs = {"what differs": what or "(nothing)"}, [*map(log_of, runs)]
+        row["seeds"] = len(runs)
+        for i, (name, digits) in enumerate([("k-NN %", 1), ("loss", 3)]):
             for epoch in (1, 2, 5):
                 found = [log[epoch][i] for log in logs if epoch in log and log[epoch][i]]
-                row[f"{what}, epoch {epoch}"] = show(found, 1, digits)
+                row[f"{name}, epoch {epoch}"] = show(found, 1, digits)
         rows.append(row | {"machine": machines_of(runs)})
     return markdown(rows)
 
