@@ -24,7 +24,7 @@ import ideas  # noqa: E402
 def run_idea(tiny_npz, tmp_path, monkeypatch):
     """run_idea(name, flag...) -> the checkpoint; afterwards the scripts are as before"""
     for script in (simclr, moco_cifar):
-        for name in ("Config", "SOURCE", "train", "color_jitter"):
+        for name in ("Config", "SOURCE", "train", "color_jitter", "build_encoder"):
             monkeypatch.setattr(script, name, getattr(script, name))
 
     def call(name, *flags):
@@ -116,3 +116,13 @@ def test_jitter_in_random_order_is_torchvisions(monkeypatch):
         for step in orders[i]:
             image = steps[step](image, float(strengths[step][i]))
         close(ours[i], image, 1e-4)
+
+
+def test_default_stem_is_that_of_a_new_convolution():
+    """Uniform within ±1/sqrt(27), so that their deviation is 1/9; only there"""
+    ours, usual = ideas.with_default_stem("resnet8", 64), moco_cifar.build_encoder("resnet8", 64)
+    weight = ours.conv1.weight.detach()
+    assert weight.abs().max() <= 27**-0.5 and float(weight.std()) == pytest.approx(1 / 9, rel=0.1)
+    assert float(weight.std() / usual.conv1.weight.detach().std()) == pytest.approx(1.9, rel=0.15)
+    deeper = [net.layer2[0].conv1.weight.detach().std() for net in (ours, usual)]
+    assert float(deeper[0] / deeper[1]) == pytest.approx(1, rel=0.1)
