@@ -334,7 +334,7 @@ def demo(last, **more):
 
 
 def test_the_demo_stands_beside_its_own_log_at_the_epochs_known_of_both():
-    runs = [demo(1), demo(3), demo(4, lr=0.1), row(0, 800)]
+    runs = [demo(1), demo(3), demo(4, lr=0.1), demo(5, idea="any"), row(0, 800)]
     table = rows(results.table_of_demo(runs))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert lines == [
@@ -344,6 +344,15 @@ def test_the_demo_stands_beside_its_own_log_at_the_epochs_known_of_both():
     (knn, loss) = results.draw_demo(results.demo_log(runs)).axes
     assert [line.get_xdata().tolist() for line in knn.lines] == [[1, 2, 3], [1, 2]]
     assert [line.get_ydata().tolist() for line in loss.lines] == [[7.1, 7.2, 7.3], [6.957, 7.25]]
+
+
+def test_what_the_first_convolutions_weights_are_worth_is_as_measured():
+    other, usual = (
+        json.loads((ROOT / f"results/{name}.json").read_text())["history"][0]["loss"]
+        for name in ("demo-stem-init-epoch0001", "cifar-moco-demo-epoch0010")
+    )
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    assert f"the loss of epoch 1 is {other:.3f} with these and {usual:.3f} with ours" in text
 
 
 def test_the_demos_first_epochs_at_width_16_stand_beside_what_differs():

@@ -483,6 +483,7 @@ def demo_log(results):
     """That of the run with the demo's settings that got furthest, stopped or not"""
     runs = [r for r in results if r.get("method") == "moco" and is_cifar10([r])]
     runs = [r for r in runs if not flags_of([r]) and not r["data"].get("holdout")]
+    runs = [r for r in runs if "idea" not in r["config"]]
     return log_of(max(runs, key=lambda run: run["history"][-1]["epoch"])) if runs else {}
 
 
