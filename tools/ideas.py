@@ -99,7 +99,7 @@ build_encoder = moco_cifar.build_encoder
 
 
 def with_default_stem(*how):
-    """The first convolution has PyTorch's usual weights, as in the official CIFAR-10 demo of MoCo.
+    """PyTorch's default weights in the first convolution, as in MoCo's official CIFAR-10 demo.
     With 64 channels they are twice as large, so that they learn a quarter as fast.
     """
     encoder = build_encoder(*how)
