@@ -7,6 +7,7 @@ Nobody watches over them then: when one has ended, the others must end by themse
 import contextlib
 import functools
 import importlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -191,6 +192,17 @@ def rank(script, argv, number, world, port, preparations, log):
 
 # -- starting them
 
+# Below those that the system hands out (from 32768 on, and the same one again soon): two launches
+# with one port would meet each other.
+PORTS = itertools.count(random.randrange(10_000, 30_000))
+
+
+def unused_port():
+    """Of this machine, and that no launch before has had"""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -210,8 +222,7 @@ def launcher(server, folder):
     started = []
 
     def launch(argv, *preparations, world=2, script="moco_cifar"):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = unused_port()
         for number in range(world):
             log = folder / f"{len(started)}.log"
             args = script, list(map(str, argv)), number, world, port, preparations, log
