@@ -78,6 +78,42 @@ def test_what_the_jpeg_copy_is_worth_is_as_measured():
     assert f"{original} k-NN accuracy on the originals and {copy} on the copy" in text
 
 
+def effective(run):
+    return results.without(run["config"], {*results.WITHOUT_EFFECT} - {"seed"})
+
+
+def test_a_repetition_has_the_settings_and_images_of_its_run():
+    found = [(run, run["again"]) for run in results.published() if "again" in run]
+    assert len(found) == len(list((ROOT / "results/again").iterdir())) > 0
+    for first, again in found:
+        assert effective(first) == effective(again)
+        assert all(first[key] == again[key] for key in ("method", "data", "data_sha256"))
+        assert first["checkpoint_sha256"] != again["checkpoint_sha256"]
+
+
+def test_the_first_epochs_that_were_run_again_are_the_same_bit_for_bit():
+    runs = json.loads((ROOT / "results/first-epochs.json").read_text())["runs"]
+    assert len({run["name"] for run in runs}) == 4
+    for run in runs:
+        first = json.loads((ROOT / f"results/{run['name']}.json").read_text())
+        assert effective(first) == effective(run)
+        assert all(first[key] == run[key] for key in ("method", "data_sha256"))
+        assert run["again"].items() <= first["history"][0].items()
+        assert run["again"].keys() == {"epoch", "loss", "spread"}
+        alike = "device", "precision", "threads", "torch"
+        assert all(first["machine"][key] == run["machine"][key] for key in alike)
+        assert first["machine"]["commit"] != run["machine"]["commit"]
+
+
+def test_what_is_measured_of_a_repetition_only_is_shown(tmp_path):
+    for name, top1 in (("again/x", {"a": 1, "b": 1}), ("x", {"a": 0})):
+        (path := tmp_path / f"{name}.json").parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"evaluations": top1}))
+    (tmp_path / "y.json").write_text("{}")
+    x, y = results.published(tmp_path)
+    assert x["evaluations"] == {"a": 0, "b": 1} and not y.keys() & {"again", "evaluations"}
+
+
 def test_what_the_learning_rate_does_on_the_shapes_is_as_measured():
     text = (ROOT / "docs/ablations.md").read_text()
     header, _, *lines = text[text.index("| learning rate | 0.015") :].splitlines()[:6]

@@ -3,6 +3,7 @@ and docs/results.md, and the pictures in docs/.
 
     python tools/results.py runs/NAME [...] --data "CIFAR-10"
     python tools/results.py runs/NAME/epoch0010.pt --data "CIFAR-10"  # of a run that was stopped
+    python tools/results.py runs/NAME --data "CIFAR-10" --again       # it repeats a published run
     python tools/results.py runs/ablate-NAME-SCALE/* --ablation NAME   # into docs/ablations.md
     python tools/results.py                     # only rebuild the tables and pictures
 
@@ -43,7 +44,7 @@ import plots  # noqa: E402
 # between <!-- NAME --> and <!-- /NAME --> on a page stands what table_of_NAME() makes
 PAGES = {
     "README.md": ["best"],
-    "docs/results.md": ["runs", "tuning", "labels", "report_moco", "demo", "demo_small", "speed"],
+    "docs/results.md": "runs tuning labels again report_moco demo demo_small speed".split(),
     "docs/race.md": ["race", "efficiency"],
 }
 # files whose code has since changed in a way that matters: their rows say so
@@ -129,10 +130,18 @@ def collect(run, data, minutes=True):
 
 
 def published(folder=ROOT / "results"):
-    """The contents of all files"""
-    files = sorted(folder.glob("*.json"))
-    stale = [any(fnmatch.fnmatch(file.stem, pattern) for pattern in STALE) for file in files]
-    return [json.loads(file.read_text()) | dict(stale=old) for file, old in zip(files, stale)]
+    """The contents of all files. A run has its repetition as `again`, and the evaluations that were
+    made only of that one.
+    """
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        result["stale"] = any(fnmatch.fnmatch(file.stem, pattern) for pattern in STALE)
+        if (again := folder / "again" / file.name).exists():
+            result["again"] = json.loads(again.read_text())
+            result["evaluations"] = result["again"]["evaluations"] | result["evaluations"]
+        results.append(result)
+    return results
 
 
 # %% From the files to the rows
@@ -429,6 +438,22 @@ def table_of_labels(results):
                 share_said = "1" if kind == "supervised" else "0.1"  # in the SimCLR report
                 printed = LABELS[kind][1] if of_report and share == share_said else ""
                 rows.append(row | {"the report, ResNet-50": printed})
+    return markdown(rows)
+
+
+def table_of_again(results):
+    """Runs and their repetitions, with the same settings and seed"""
+    rows = []
+    for first in [run for run in results if "again" in run]:
+        for what, run in (("first", first), ("again", first["again"])):
+            cells = cells_of([run])
+            row = {key: cells[key] for key in ("method", "epochs")} | {"run": what}
+            row |= {"machine": cells["machine"], "loss": f"{run['history'][-1]['loss']:.3f}"}
+            row |= {"k-NN %": show(knn([run]), digits=2), "probe %": show(probe([run]), digits=2)}
+            for share in (0.1, 0.01):
+                found = probe([run["evaluations"] | {"data": run["data"]}], f"probe-{share}")
+                row[f"probe, {share:.0%} of the labels"] = show(found, digits=2)
+            rows.append(row)
     return markdown(rows)
 
 
@@ -831,6 +856,8 @@ if __name__ == "__main__":
     parser.add_argument("--ablation", help="name of the comparison that the runs belong to")
     busy = "leave the minutes out, because the machine had other work or the run was paused"
     parser.add_argument("--no-minutes", action="store_true", help=busy)
+    same = "they repeat published runs, with the same settings and seed"
+    parser.add_argument("--again", action="store_true", help=same)
     args = parser.parse_args()
     if args.ablation and not args.runs:
         parser.error("name the folders of the runs")
@@ -849,7 +876,8 @@ if __name__ == "__main__":
         parser.error("say with --data what the images are")
     for run in args.runs if args.data else ():
         name = f"{run.parent.name}-{run.stem}" if run.suffix == ".pt" else run.name
-        file = ROOT / "results" / f"{name}.json"
+        file = ROOT / "results" / ("again" if args.again else "") / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
         result = collect(run, args.data, not args.no_minutes)
         file.write_text(json.dumps(result, indent=1) + "\n")
     for page, names in PAGES.items():
