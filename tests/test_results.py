@@ -89,6 +89,9 @@ def test_a_repetition_has_the_settings_and_images_of_its_run():
         assert effective(first) == effective(again)
         assert all(first[key] == again[key] for key in ("method", "data", "data_sha256"))
         assert first["checkpoint_sha256"] != again["checkpoint_sha256"]
+    low, middle, high = sorted(abs(results.mean_knn([a]) - results.mean_knn([b])) for a, b in found)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"by {100 * low:.2f}, {100 * middle:.2f} and {100 * high:.2f} points" in text
 
 
 def test_the_first_epochs_that_were_run_again_are_the_same_bit_for_bit():
