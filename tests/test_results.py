@@ -117,6 +117,14 @@ def test_what_is_measured_of_a_repetition_only_is_shown(tmp_path):
     assert x["evaluations"] == {"a": 0, "b": 1} and not y.keys() & {"again", "evaluations"}
 
 
+def test_a_repetition_of_nothing_is_one_line_and_writes_nothing(tmp_path):
+    argv = [sys.executable, "tools/results.py", tmp_path / "x", "--data", "CIFAR-10", "--again"]
+    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert "results/x.json is not there" in process.stderr
+    assert not (ROOT / "results/again/x.json").exists()
+
+
 def test_what_the_learning_rate_does_on_the_shapes_is_as_measured():
     text = (ROOT / "docs/ablations.md").read_text()
     header, _, *lines = text[text.index("| learning rate | 0.015") :].splitlines()[:6]

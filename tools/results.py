@@ -877,6 +877,8 @@ if __name__ == "__main__":
     for run in args.runs if args.data else ():
         name = f"{run.parent.name}-{run.stem}" if run.suffix == ".pt" else run.name
         file = ROOT / "results" / ("again" if args.again else "") / f"{name}.json"
+        if args.again and not (ROOT / "results" / file.name).exists():
+            sys.exit(f"error: results/{file.name} is not there: what does {run} repeat?")
         file.parent.mkdir(exist_ok=True)
         result = collect(run, args.data, not args.no_minutes)
         file.write_text(json.dumps(result, indent=1) + "\n")
